@@ -46,7 +46,9 @@ class Corpus:
     files: int
     fingerprint: str
 
-    def batches(self, part: str, batch: int, seq_len: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, part: str, batch: int, seq_len: int, generator: torch.Generator
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield random windows without end; the generator's state alone decides what comes next.
 
         Parameters
@@ -94,8 +96,8 @@ def standard_library_files() -> list[Path]:
     found = []
     for path in root.rglob("*.py"):
         relative = path.relative_to(root)
-        folders, name = relative.parts[:-1], relative.name
-        if _SKIPPED_FOLDERS.intersection(folders) or any(part.startswith(_SKIPPED_PREFIXES) for part in (*folders, name)):
+        generated = any(part.startswith(_SKIPPED_PREFIXES) for part in relative.parts)
+        if generated or _SKIPPED_FOLDERS.intersection(relative.parts[:-1]):
             continue
         found.append((zlib.crc32(relative.as_posix().encode()), relative.as_posix(), path))
     # Ordered by a checksum of the name: alphabetical order would make the size cap a choice of the letters a to h.
@@ -133,7 +135,7 @@ def load_corpus(limit_bytes: int = 4_000_000) -> Corpus:
     if total < 100_000:
         raise RuntimeError(
             f"found only {total:,} bytes of Python sources under {sysconfig.get_paths()['stdlib']}: this Python was "
-            "installed without its library's sources. Use an installation that has them (python.org, a distribution, conda, uv)."
+            "installed without its library's sources. Use one that has them (python.org, a distribution, conda, uv)"
         )
     train, validation = b"".join(parts[False]), b"".join(parts[True])
     fingerprint = f"{zlib.crc32(train):08x}{zlib.crc32(validation):08x}"

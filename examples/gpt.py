@@ -89,12 +89,15 @@ class GPT(nn.Module):
         angle = torch.outer(torch.arange(config.seq_len), frequency)[:, None, :]
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+        # Embeddings as large as what the blocks add: behind a layer norm, small ones would learn in large relative
+        # steps, which is slow here and lets two runs that differ by rounding drift apart hundreds of times faster.
+        nn.init.normal_(self.embed.weight, std=0.5)
+        nn.init.normal_(self.head.weight, std=0.02)
+        for name, weight in self.blocks.named_parameters():
+            if weight.dim() == 2:
                 # Layers that write to the residual stream start smaller, so that its variance does not grow with depth.
                 residual = name.endswith(("project.weight", "contract.weight"))
-                std = config.width**-0.5 / (math.sqrt(2 * config.layers) if residual else 1.0)
-                nn.init.normal_(parameter, std=0.02 if name.startswith(("embed", "head")) else std)
+                nn.init.normal_(weight, std=config.width**-0.5 / (math.sqrt(2 * config.layers) if residual else 1.0))
 
     def forward(self, tokens: Tensor, cache: list[KeyValue | None] | None = None) -> Tensor:
         """Predict the next character at every position.

@@ -40,8 +40,8 @@ def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         function()
-    # The exported trace is the profiler's documented output that keeps every "[memory]" event: `profiler.events()` folds
-    # those that happen inside an operator into that operator's total, which loses the order and with it the peak.
+    # The exported trace is the profiler's documented output that keeps every "[memory]" event: `profiler.events()`
+    # folds those inside an operator into that operator's total, which loses the order and with it the peak.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))

@@ -6,6 +6,7 @@
 // r and r + 8, columns 2c, 2c + 1, 2c + 8, 2c + 9. These eight entries share one call: four words, eight halves.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "platform.h"
@@ -43,7 +44,7 @@ struct Dropout {
   uint32_t threshold;  // an entry is kept iff its 16 bits are >= threshold; 0 means no dropout
 
   FAE_HD static uint32_t threshold_of(double p) {
-    const uint32_t t = static_cast<uint32_t>(p * 65536.0 + 0.5);
+    const uint32_t t = static_cast<uint32_t>(::rint(p * 65536.0));
     return t < 65535u ? t : 65535u;
   }
   // Kept entries are multiplied with this: the inverse of the keep probability after rounding, so the expectation is

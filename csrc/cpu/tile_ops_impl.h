@@ -1,0 +1,583 @@
+// The tile operations, written once on the compilers' generic vectors and compiled once per instruction set: the file
+// that includes this one sets the target and names the namespace FAE_ISA. 64-byte vectors lower to one AVX-512, two
+// AVX2 or four SSE/NEON registers. No header of PyTorch or of the standard library that has inline code may come
+// after the target is set, or a copy compiled for AVX-512 could be the one the linker keeps for everybody.
+//
+// No include guard: it is included once per instruction set.
+
+namespace fae::cpu::FAE_ISA {
+
+#define FAE_INLINE inline __attribute__((always_inline))
+
+template <typename T>
+struct Simd;
+
+template <>
+struct Simd<float> {
+  static constexpr int kLanes = 16;
+  typedef float vec __attribute__((vector_size(64)));
+  typedef int32_t ivec __attribute__((vector_size(64)));
+};
+template <>
+struct Simd<double> {
+  static constexpr int kLanes = 8;
+  typedef double vec __attribute__((vector_size(64)));
+  typedef int64_t ivec __attribute__((vector_size(64)));
+};
+
+using vf = Simd<float>::vec;
+using vi = Simd<float>::ivec;
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef uint16_t vh __attribute__((vector_size(32)));
+
+template <typename V>
+FAE_INLINE V load(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <typename V>
+FAE_INLINE void store(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+template <typename Acc>
+FAE_INLINE typename Simd<Acc>::vec broadcast(Acc x) {
+  return typename Simd<Acc>::vec{} + x;
+}
+
+template <typename V>
+FAE_INLINE V vmax(V a, V b) {
+  return a > b ? a : b;
+}
+
+// ---- 16-bit conversions ---------------------------------------------------------------------------------------------
+
+FAE_INLINE vf bits_to_float(vu u) { return (vf)u; }
+
+FAE_INLINE vf widen(vh h, bf16_t) { return bits_to_float(__builtin_convertvector(h, vu) << 16); }
+
+// fp16: move exponent and mantissa up, rebase the exponent with one exact multiplication (subnormals come out right),
+// then put infinities and NaNs back.
+FAE_INLINE vf widen(vh h, f16_t) {
+  const vu u = __builtin_convertvector(h, vu);
+  const vu magnitude = (u & 0x7fffu) << 13;
+  vf f = bits_to_float(magnitude) * 0x1p112f;
+  const vu is_special = (vu)((u & 0x7c00u) == 0x7c00u);
+  const vu r = ((vu)f & ~is_special) | ((magnitude | 0x7f800000u) & is_special);
+  return bits_to_float(r | ((u & 0x8000u) << 16));
+}
+
+// Round to nearest even; NaN stays NaN.
+FAE_INLINE vh narrow(vf f, bf16_t) {
+  const vu u = (vu)f;
+  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const vu is_nan = (vu)((u & 0x7fffffffu) > 0x7f800000u);
+  return __builtin_convertvector((rounded & ~is_nan) | (0x7fc0u & is_nan), vh);
+}
+
+FAE_INLINE vh narrow(vf f, f16_t) {
+  const vu u = (vu)f;
+  const vu sign = (u >> 16) & 0x8000u;
+  const vu a = u & 0x7fffffffu;
+  // Normal results: rebase the exponent and round the 13 dropped bits to nearest even.
+  const vu normal = (a - 0x38000000u + 0xfffu + ((a >> 13) & 1u)) >> 13;
+  // Below 2^-14 the result is subnormal: adding 0.5 lets the float adder align and round it.
+  const vu subnormal = (vu)((vf)a + 0.5f) - 0x3f000000u;
+  const vu is_sub = (vu)(a < 0x38800000u);
+  const vu overflows = (vu)(a >= 0x477ff000u);
+  const vu is_nan = (vu)(a > 0x7f800000u);
+  vu r = (subnormal & is_sub) | (normal & ~is_sub);
+  r = (r & ~overflows) | (0x7c00u & overflows);
+  r = (r & ~is_nan) | (0x7e00u & is_nan);
+  return __builtin_convertvector(r | sign, vh);
+}
+
+// A vector of accumulators from elements of any type, and back.
+template <typename Acc, typename In>
+FAE_INLINE typename Simd<Acc>::vec load_as(const In* p) {
+  if constexpr (is_16bit<In>) {
+    return widen(load<vh>(p), In{});
+  } else {
+    return load<typename Simd<Acc>::vec>(p);
+  }
+}
+template <typename Acc, typename Out>
+FAE_INLINE void store_as(Out* p, typename Simd<Acc>::vec v) {
+  if constexpr (is_16bit<Out>) {
+    store(p, narrow(v, Out{}));
+  } else {
+    store(p, v);
+  }
+}
+// The last, partial vector of a row goes through a zeroed buffer, so that nothing is read or written past its end.
+template <typename Acc, typename In>
+FAE_INLINE typename Simd<Acc>::vec load_as(const In* p, int n) {
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  if (n >= kLanes) return load_as<Acc>(p);
+  In buffer[kLanes] = {};
+  for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  return load_as<Acc>(buffer);
+}
+template <typename Acc, typename Out>
+FAE_INLINE void store_as(Out* p, typename Simd<Acc>::vec v, int n) {
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  if (n >= kLanes) return store_as<Acc>(p, v);
+  Out buffer[kLanes];
+  store_as<Acc>(buffer, v);
+  for (int i = 0; i < n; ++i) p[i] = buffer[i];
+}
+
+// ---- exp2 -----------------------------------------------------------------------------------------------------------
+
+// 2^x = 2^n * 2^f with n = round(x), f in [-1/2, 1/2]. The polynomials are minimax in relative error: degree 6 has
+// 1.9e-9 (fp32 operands: below half an ulp), degree 4 has 2.6e-6 (bf16 operands, whose own rounding is 2e-3).
+// x below -126 gives 0, NaN gives NaN, x of 128 or more gives infinity.
+template <int kDegree>
+FAE_INLINE vf exp2_poly(vf f) {
+  if constexpr (kDegree == 6) {
+    vf r = f * 0.00015345812f + 0.0013399931f;
+    r = r * f + 0.00961848896f;
+    r = r * f + 0.0555032878f;
+    r = r * f + 0.240226469f;
+    r = r * f + 0.693147206f;
+    return r * f + 1.0f;
+  } else {
+    static_assert(kDegree == 4);
+    vf r = f * 0.00957010191f + 0.0559178603f;
+    r = r * f + 0.240247448f;
+    r = r * f + 0.693121815f;
+    return r * f + 0.999999261f;
+  }
+}
+
+template <int kDegree>
+FAE_INLINE vf exp2_vec(vf x) {
+  const vf clamped = x < -126.0f ? broadcast(-126.0f) : (x > 128.0f ? broadcast(128.0f) : x);
+  const vf magic = broadcast(0x1.8p23f);  // adding it rounds to an integer, held in the low mantissa bits
+  const vf shifted = clamped + magic;
+  const vf n = shifted - magic;
+  const vf p = exp2_poly<kDegree>(clamped - n);
+  const vi exponent = ((vi)shifted + (127 - 0x4b400000)) << 23;
+  const vf r = p * (vf)exponent;
+  return x < -126.0f ? vf{} : r;
+}
+
+template <int kDegree>
+FAE_INLINE Simd<double>::vec exp2_vec(Simd<double>::vec x) {
+  Simd<double>::vec r;
+  for (int i = 0; i < Simd<double>::kLanes; ++i) r[i] = __builtin_exp2(x[i]);
+  return r;
+}
+
+template <typename Op>
+constexpr int exp2_degree = is_16bit<Op> ? 4 : 6;
+
+// ---- horizontal reductions: a fixed tree, the same on every instruction set -----------------------------------------
+
+template <typename Acc>
+FAE_INLINE Acc reduce_max(typename Simd<Acc>::vec v) {
+  Acc x[Simd<Acc>::kLanes];
+  store(x, v);
+  for (int width = Simd<Acc>::kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] = x[i] > x[i + width] ? x[i] : x[i + width];
+  return x[0];
+}
+template <typename Acc>
+FAE_INLINE Acc reduce_sum(typename Simd<Acc>::vec v) {
+  Acc x[Simd<Acc>::kLanes];
+  store(x, v);
+  for (int width = Simd<Acc>::kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x[i] += x[i + width];
+  return x[0];
+}
+
+// ---- transposition of 32-bit units ----------------------------------------------------------------------------------
+
+// One stage of a 16 x 16 butterfly: lanes whose bit kBit is set are exchanged between rows i and i + kBit.
+template <int kBit>
+FAE_INLINE void exchange(vu& a, vu& b) {
+#define FAE_LO(j) ((j) & kBit ? 16 + (j)-kBit : (j))
+#define FAE_HI(j) ((j) & kBit ? 16 + (j) : (j) + kBit)
+#define FAE_LANES(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
+  const vu lo = __builtin_shufflevector(a, b, FAE_LANES(FAE_LO));
+  const vu hi = __builtin_shufflevector(a, b, FAE_LANES(FAE_HI));
+#undef FAE_LANES
+#undef FAE_HI
+#undef FAE_LO
+  a = lo;
+  b = hi;
+}
+
+template <int kBit>
+FAE_INLINE void exchange_all(vu (&r)[16]) {
+  for (int i = 0; i < 16; ++i)
+    if (!(i & kBit)) exchange<kBit>(r[i], r[i | kBit]);
+}
+
+FAE_INLINE void transpose16(vu (&r)[16]) {
+  exchange_all<1>(r);
+  exchange_all<2>(r);
+  exchange_all<4>(r);
+  exchange_all<8>(r);
+}
+
+// dst[c][r] = unit(r, c), rows padded with zero up to rows_padded (a multiple of 16); load_row(r, c) gives the 16 units
+// from column c on, zeros past the end of the row. emit(c, r, vector) stores 16 units of dst's row c.
+template <typename LoadRow, typename Emit>
+FAE_INLINE void transpose_units(int rows, int cols, int rows_padded, LoadRow load_row, Emit emit) {
+  for (int r0 = 0; r0 < rows_padded; r0 += 16) {
+    for (int c0 = 0; c0 < cols; c0 += 16) {
+      vu tile[16];
+      for (int i = 0; i < 16; ++i) tile[i] = r0 + i < rows ? load_row(r0 + i, c0) : vu{};
+      transpose16(tile);
+      const int n = cols - c0 < 16 ? cols - c0 : 16;
+      for (int i = 0; i < n; ++i) emit(c0 + i, r0, tile[i]);
+    }
+  }
+}
+
+// ---- packing --------------------------------------------------------------------------------------------------------
+
+template <typename In, typename Op, typename Acc>
+void copy_rows(const In* src, int64_t ld_src, int rows, int cols, Op* dst, int ld_dst, int rows_padded,
+               int cols_padded) {
+  for (int r = 0; r < rows_padded; ++r) {
+    Op* d = dst + int64_t{r} * ld_dst;
+    int filled = 0;
+    if (r < rows) {
+      const In* s = src + r * ld_src;
+      if constexpr (sizeof(In) == sizeof(Op)) {
+        __builtin_memcpy(d, s, sizeof(In) * cols);
+      } else {
+        constexpr int kLanes = Simd<Acc>::kLanes;
+        int c = 0;
+        for (; c + kLanes <= cols; c += kLanes) store_as<Acc>(d + c, load_as<Acc>(s + c));
+        if (c < cols) store_as<Acc>(d + c, load_as<Acc>(s + c, cols - c), cols - c);
+      }
+      filled = cols;
+    }
+    if (filled < cols_padded) __builtin_memset(d + filled, 0, sizeof(Op) * (cols_padded - filled));
+  }
+}
+
+template <typename In, typename Op, typename Acc>
+void pack_b(const In* src, int64_t ld_src, int rows, int cols, Op* dst, int ld_dst, int rows_padded) {
+  if constexpr (!is_16bit<Op>) {
+    copy_rows<In, Op, Acc>(src, ld_src, rows, cols, dst, ld_dst, rows_padded, cols);
+  } else {
+    const uint16_t zeros[16] = {};
+    for (int r = 0; r < rows_padded; r += 2) {
+      const In* even = src + r * ld_src;
+      const In* odd = even + ld_src;
+      uint32_t* d = reinterpret_cast<uint32_t*>(dst) + int64_t{r / 2} * ld_dst;
+      for (int c = 0; c < cols; c += 16) {
+        const int n = cols - c < 16 ? cols - c : 16;
+        uint16_t a[16] = {}, b[16] = {};
+        vh lo, hi;
+        if (n == 16) {
+          lo = r < rows ? load<vh>(even + c) : load<vh>(zeros);
+          hi = r + 1 < rows ? load<vh>(odd + c) : load<vh>(zeros);
+        } else {
+          if (r < rows) __builtin_memcpy(a, even + c, 2 * n);
+          if (r + 1 < rows) __builtin_memcpy(b, odd + c, 2 * n);
+          lo = load<vh>(a);
+          hi = load<vh>(b);
+        }
+        const vu pair = __builtin_convertvector(lo, vu) | (__builtin_convertvector(hi, vu) << 16);
+        if (n == 16) {
+          store(d + c, pair);
+        } else {
+          uint32_t tail[16];
+          store(tail, pair);
+          __builtin_memcpy(d + c, tail, 4 * n);
+        }
+      }
+    }
+  }
+}
+
+// 16 pairs of 16-bit elements from element 2 * unit on; elements at or past cols read as zero.
+FAE_INLINE vu load_pairs(const void* row, int unit, int cols) {
+  const uint16_t* p = static_cast<const uint16_t*>(row) + 2 * unit;
+  const int n = cols - 2 * unit;
+  if (n >= 32) return load<vu>(p);
+  uint16_t buffer[32] = {};
+  if (n > 0) __builtin_memcpy(buffer, p, 2 * n);
+  return load<vu>(buffer);
+}
+
+// Calls emit(col, row, vector) with 16 consecutive rows' elements of one column, as fp32, for all columns.
+template <typename In, typename Emit>
+FAE_INLINE void transpose_as_float(const In* src, int64_t ld_src, int rows, int cols, int rows_padded, Emit emit) {
+  transpose_units(
+      rows, cols, rows_padded, [&](int r, int c) FAE_LAMBDA { return (vu)load_as<float>(src + r * ld_src + c, cols - c); },
+      emit);
+}
+
+template <typename In, typename Op, typename Acc>
+void pack_b_transposed(const In* src, int64_t ld_src, int rows, int cols, Op* dst, int ld_dst, int rows_padded,
+                       int cols_padded) {
+  int filled = cols;
+  if constexpr (sizeof(Acc) == 8) {
+    for (int c = 0; c < cols; ++c)
+      for (int r = 0; r < rows_padded; ++r) dst[int64_t{c} * ld_dst + r] = r < rows ? src[r * ld_src + c] : Op(0);
+  } else if constexpr (is_16bit<Op>) {
+    uint32_t* d = reinterpret_cast<uint32_t*>(dst);
+    const int units = (cols + 1) / 2;
+    transpose_units(
+        rows, units, rows_padded, [&](int r, int u) FAE_LAMBDA { return load_pairs(src + r * ld_src, u, cols); },
+        [&](int u, int r, vu v) FAE_LAMBDA { store(d + int64_t{u} * ld_dst + r, v); });
+    filled = 2 * units;
+  } else {
+    transpose_as_float(src, ld_src, rows, cols, rows_padded,
+                       [&](int c, int r, vu v) FAE_LAMBDA { store(dst + int64_t{c} * ld_dst + r, v); });
+  }
+  for (int c = filled; c < cols_padded; ++c) __builtin_memset(dst + int64_t{c} * ld_dst, 0, sizeof(Op) * ld_dst);
+}
+
+template <typename In, typename Op, typename Acc>
+void pack_a_transposed(const In* src, int64_t ld_src, int rows, int cols, Op* dst, int ld_dst, int rows_padded) {
+  if constexpr (!is_16bit<Op>) {
+    pack_b_transposed<In, Op, Acc>(src, ld_src, rows, cols, dst, ld_dst, rows_padded, cols);
+  } else {
+    transpose_units(
+        rows, (cols + 1) / 2, rows_padded, [&](int r, int u) FAE_LAMBDA { return load_pairs(src + r * ld_src, u, cols); },
+        [&](int u, int r, vu v) FAE_LAMBDA {
+          Op* even = dst + int64_t{2} * u * ld_dst + r;
+          store(even, __builtin_convertvector(v & 0xffffu, vh));
+          if (2 * u + 1 < cols) store(even + ld_dst, __builtin_convertvector(v >> 16, vh));
+        });
+  }
+}
+
+// ---- softmax --------------------------------------------------------------------------------------------------------
+
+// Lane masks: true where first <= lane < last.
+template <typename Acc>
+FAE_INLINE typename Simd<Acc>::ivec lanes_between(int first, int last) {
+  typename Simd<Acc>::ivec lane;
+  for (int i = 0; i < Simd<Acc>::kLanes; ++i) lane[i] = i;
+  return (lane >= first) & (lane < last);
+}
+
+template <typename In, typename Op, typename Acc>
+bool softmax_step(const Acc* s, int ld_s, int rows, int cols, const Range* visible, Acc scale_log2, Acc* m, Acc* l,
+                  Acc* alpha, Op* p, int ld_p) {
+  using vec = typename Simd<Acc>::vec;
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  const Acc neg_inf = -__builtin_inf();
+  bool any_rescale = false;
+  for (int r = 0; r < rows; ++r) {
+    const Acc* s_row = s + int64_t{r} * ld_s;
+    Op* p_row = p + int64_t{r} * ld_p;
+    const int first = visible[r].begin, last = visible[r].end;
+    if (first >= last) {
+      __builtin_memset(p_row, 0, sizeof(Op) * cols);
+      alpha[r] = Acc(1);
+      continue;
+    }
+    // The vectors [inner_begin, inner_end) are wholly visible; at most one partial vector stands on either side.
+    const int begin = first / kLanes * kLanes, end = (last + kLanes - 1) / kLanes * kLanes;
+    const int inner_begin = (first + kLanes - 1) / kLanes * kLanes, inner_end = last / kLanes * kLanes;
+
+    vec max0 = broadcast(neg_inf), max1 = max0, max2 = max0, max3 = max0;
+    auto partial_max = [&](int c) FAE_LAMBDA {
+      const vec t = load<vec>(s_row + c) * scale_log2;
+      max0 = vmax(max0, lanes_between<Acc>(first - c, last - c) ? t : broadcast(neg_inf));
+    };
+    if (begin < inner_begin) partial_max(begin);
+    if (inner_end < end && !(begin < inner_begin && inner_end == begin)) partial_max(inner_end);
+    int c = inner_begin;
+    for (; c + 4 * kLanes <= inner_end; c += 4 * kLanes) {
+      max0 = vmax(max0, load<vec>(s_row + c) * scale_log2);
+      max1 = vmax(max1, load<vec>(s_row + c + kLanes) * scale_log2);
+      max2 = vmax(max2, load<vec>(s_row + c + 2 * kLanes) * scale_log2);
+      max3 = vmax(max3, load<vec>(s_row + c + 3 * kLanes) * scale_log2);
+    }
+    for (; c < inner_end; c += kLanes) max0 = vmax(max0, load<vec>(s_row + c) * scale_log2);
+    const Acc row_max = reduce_max<Acc>(vmax(vmax(max0, max1), vmax(max2, max3)));
+
+    const Acc m_old = m[r];
+    const Acc m_new = m_old > row_max ? m_old : row_max;
+    const Acc subtract = fae::softmax<Acc>::subtracted_max(m_new);
+    const Acc factor = m_old == m_new ? Acc(1) : fae::softmax<Acc>::rescale(m_old, m_new);
+
+    // sum0 and sum1 take alternate vectors, counted from column 0, so the order of summation does not depend on first.
+    vec sum0 = vec{}, sum1 = vec{};
+    auto exponent = [&](int col) FAE_LAMBDA {
+      return exp2_vec<exp2_degree<Op>>(load<vec>(s_row + col) * scale_log2 - subtract);
+    };
+    auto partial_exp = [&](int col) FAE_LAMBDA {
+      const vec e = lanes_between<Acc>(first - col, last - col) ? exponent(col) : vec{};
+      if (col / kLanes % 2) {
+        sum1 += e;
+      } else {
+        sum0 += e;
+      }
+      store_as<Acc>(p_row + col, e);
+    };
+    if (begin > 0) __builtin_memset(p_row, 0, sizeof(Op) * begin);
+    c = inner_begin;
+    if (begin < inner_begin) partial_exp(begin);
+    const bool tail_pending = inner_end < end && !(begin < inner_begin && inner_end == begin);
+    if (c < inner_end && c / kLanes % 2) {
+      const vec e = exponent(c);
+      sum1 += e;
+      store_as<Acc>(p_row + c, e);
+      c += kLanes;
+    }
+    for (; c + 2 * kLanes <= inner_end; c += 2 * kLanes) {
+      const vec e0 = exponent(c), e1 = exponent(c + kLanes);
+      sum0 += e0;
+      sum1 += e1;
+      store_as<Acc>(p_row + c, e0);
+      store_as<Acc>(p_row + c + kLanes, e1);
+    }
+    if (c < inner_end) {
+      const vec e = exponent(c);
+      sum0 += e;
+      store_as<Acc>(p_row + c, e);
+    }
+    if (tail_pending) partial_exp(inner_end);
+    if (end < cols) __builtin_memset(p_row + end, 0, sizeof(Op) * (cols - end));
+
+    m[r] = m_new;
+    l[r] = l[r] * factor + reduce_sum<Acc>(sum0 + sum1);
+    alpha[r] = factor;
+    any_rescale |= factor != Acc(1);
+  }
+  return any_rescale;
+}
+
+template <typename In, typename Op, typename Acc>
+void softmax_backward(const Acc* s, const Acc* dp, int ld, int rows, int cols, const Range* visible, Acc scale_log2,
+                      const Acc* lse2, const Acc* delta, Op* p, Op* ds, Op* ds_b, int ld_op) {
+  using vec = typename Simd<Acc>::vec;
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  constexpr int kRows = is_16bit<Op> ? 2 : 1;  // a VNNI operand interleaves two rows
+  for (int r = 0; r < rows; r += kRows) {
+    for (int c = 0; c < cols; c += kLanes) {
+      const vec lse = load<vec>(lse2 + c), d = load<vec>(delta + c);
+      vec e[kRows], g[kRows];
+      for (int i = 0; i < kRows; ++i) {
+        const int64_t at = int64_t{r + i} * ld + c;
+        const Range range = visible[r + i];
+        if (c >= range.end || c + kLanes <= range.begin) {
+          e[i] = g[i] = vec{};
+        } else {
+          e[i] = exp2_vec<exp2_degree<Op>>(load<vec>(s + at) * scale_log2 - lse);
+          g[i] = e[i] * (load<vec>(dp + at) - d);
+          if (c < range.begin || c + kLanes > range.end) {
+            const auto inside = lanes_between<Acc>(range.begin - c, range.end - c);
+            e[i] = inside ? e[i] : vec{};
+            g[i] = inside ? g[i] : vec{};
+          }
+        }
+      }
+      const int64_t to = int64_t{r} * ld_op + c;
+      if constexpr (is_16bit<Op>) {
+        const vh g0 = narrow(g[0], Op{}), g1 = narrow(g[1], Op{});
+        store(p + to, narrow(e[0], Op{}));
+        store(p + to + ld_op, narrow(e[1], Op{}));
+        store(ds + to, g0);
+        store(ds + to + ld_op, g1);
+        store(reinterpret_cast<uint32_t*>(ds_b) + int64_t{r / 2} * ld_op + c,
+              __builtin_convertvector(g0, vu) | (__builtin_convertvector(g1, vu) << 16));
+      } else {
+        store(p + to, e[0]);
+        store(ds + to, g[0]);
+      }
+    }
+  }
+}
+
+// ---- rows of accumulators -------------------------------------------------------------------------------------------
+
+template <typename In, typename Op, typename Acc>
+void scale_rows(Acc* o, int64_t ld, int rows, int cols, const Acc* factor) {
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  for (int r = 0; r < rows; ++r) {
+    if (factor[r] == Acc(1)) continue;
+    Acc* row = o + r * ld;
+    for (int c = 0; c < cols; c += kLanes)
+      store_as<Acc>(row + c, load_as<Acc>(row + c, cols - c) * factor[r], cols - c);
+  }
+}
+
+template <typename In, typename Op, typename Acc>
+void scale_add_rows(Acc* o, int64_t ld_o, const Acc* x, int ld_x, int rows, int cols, const Acc* a, const Acc* b) {
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  for (int r = 0; r < rows; ++r) {
+    Acc* row = o + r * ld_o;
+    const Acc* add = x + int64_t{r} * ld_x;
+    for (int c = 0; c < cols; c += kLanes)
+      store_as<Acc>(row + c, load_as<Acc>(row + c, cols - c) * a[r] + load_as<Acc>(add + c, cols - c) * b[r], cols - c);
+  }
+}
+
+template <typename In, typename Op, typename Acc>
+void store_rows(const Acc* src, int64_t ld_src, int rows, int cols, const Acc* factor, Acc scale, In* dst,
+                int64_t ld_dst) {
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  for (int r = 0; r < rows; ++r) {
+    const Acc f = factor ? factor[r] * scale : scale;
+    const Acc* s = src + r * ld_src;
+    In* d = dst + r * ld_dst;
+    for (int c = 0; c < cols; c += kLanes) store_as<Acc>(d + c, load_as<Acc>(s + c, cols - c) * f, cols - c);
+  }
+}
+
+template <typename In, typename Op, typename Acc>
+void store_transposed(const Acc* src, int ld_src, int rows, int cols, Acc scale, In* dst, int64_t ld_dst) {
+  if constexpr (sizeof(Acc) == 8) {
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < cols; ++c) dst[r * ld_dst + c] = src[int64_t{c} * ld_src + r] * scale;
+  } else {
+    // src's rows are the columns of dst: transposing it gives 16 consecutive columns of one row of dst.
+    transpose_units(
+        cols, rows, (cols + 15) / 16 * 16,
+        [&](int c, int r) FAE_LAMBDA { return (vu)load_as<float>(src + int64_t{c} * ld_src + r, rows - r); },
+        [&](int r, int c, vu v) FAE_LAMBDA { store_as<float>(dst + r * ld_dst + c, (vf)v * scale, cols - c); });
+  }
+}
+
+template <typename In, typename Op, typename Acc>
+void row_dot(const In* a, int64_t ld_a, const In* b, int64_t ld_b, int rows, int cols, Acc* out) {
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  for (int r = 0; r < rows; ++r) {
+    typename Simd<Acc>::vec sum = {};
+    for (int c = 0; c < cols; c += kLanes)
+      sum += load_as<Acc>(a + r * ld_a + c, cols - c) * load_as<Acc>(b + r * ld_b + c, cols - c);
+    out[r] = reduce_sum<Acc>(sum);
+  }
+}
+
+template <typename In, typename Op, typename Acc>
+constexpr TileOps<In, Op, Acc> make_tile_ops(const char* isa) {
+  return {isa,
+          copy_rows<In, Op, Acc>,
+          pack_b<In, Op, Acc>,
+          pack_b_transposed<In, Op, Acc>,
+          pack_a_transposed<In, Op, Acc>,
+          softmax_step<In, Op, Acc>,
+          softmax_backward<In, Op, Acc>,
+          scale_rows<In, Op, Acc>,
+          scale_add_rows<In, Op, Acc>,
+          store_rows<In, Op, Acc>,
+          store_transposed<In, Op, Acc>,
+          row_dot<In, Op, Acc>};
+}
+
+#define FAE_STRING_(x) #x
+#define FAE_STRING(x) FAE_STRING_(x)
+extern const TileOps<float, float, float> f32_ops = make_tile_ops<float, float, float>(FAE_STRING(FAE_ISA));
+extern const TileOps<double, double, double> f64_ops = make_tile_ops<double, double, double>(FAE_STRING(FAE_ISA));
+extern const TileOps<bf16_t, bf16_t, float> bf16_ops = make_tile_ops<bf16_t, bf16_t, float>(FAE_STRING(FAE_ISA));
+extern const TileOps<bf16_t, float, float> bf16_f32_ops = make_tile_ops<bf16_t, float, float>(FAE_STRING(FAE_ISA));
+extern const TileOps<f16_t, float, float> f16_f32_ops = make_tile_ops<f16_t, float, float>(FAE_STRING(FAE_ISA));
+#undef FAE_STRING
+#undef FAE_STRING_
+#undef FAE_INLINE
+
+}  // namespace fae::cpu::FAE_ISA

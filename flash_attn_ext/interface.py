@@ -1,0 +1,349 @@
+"""The attention functions: signatures, defaults, documentation. They know no tile and no architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import autograd
+from ._binary import _C, build_record
+
+_is_functorch_active = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling
+
+
+def _not_implemented(function: str, option: str, value: object, instead: str = "naive_attention") -> None:
+    raise NotImplementedError(f"{function}: {option}={value!r} is not implemented yet; {instead} computes it")
+
+
+def _reject_missing(
+    function: str,
+    softcap: float,
+    alibi_slopes: Tensor | None,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+) -> None:
+    """Options of the contract that no kernel has yet raise, each under its own name; wrong values raise ValueError."""
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"{function}: dropout_p is {dropout_p}; it has to lie in [0, 1)")
+    if not 0.0 <= softcap < float("inf"):
+        raise ValueError(f"{function}: softcap is {softcap}; it has to be 0 (off) or a positive finite number")
+    if softcap != 0.0:
+        _not_implemented(function, "softcap", softcap)
+    if dropout_p != 0.0:
+        _not_implemented(function, "dropout_p", dropout_p)
+    for name, value in (("alibi_slopes", alibi_slopes), ("mask", mask), ("bias", bias)):
+        if value is not None:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else value
+            _not_implemented(function, name, f"<{shape}>")
+
+
+def _window(function: str, window: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
+    """``window`` as (left, right) with -1 for open; causal sets right to 0."""
+    left, right = -1, -1
+    if window is not None:
+        try:
+            left, right = window
+        except (TypeError, ValueError):
+            raise ValueError(f"{function}: window is {window!r}; it has to be (left, right) or None") from None
+        for end in (left, right):
+            if end is not None and (isinstance(end, (bool, float)) or not isinstance(end, (int, torch.SymInt))):
+                raise TypeError(f"{function}: window is {window!r}; both ends have to be integers")
+        left = -1 if left is None else left
+        right = -1 if right is None else right
+    return left, 0 if causal else right
+
+
+def _cast_for_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast outside the operator, so that what is saved for backward has the autocast dtype too. float64 stays."""
+    device = q.device.type
+    if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _attend(
+    version: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    window_left: int,
+    window_right: int,
+    top_left: bool,
+    deterministic: bool | None,
+    block_size: tuple[int, int],
+    with_lse: bool,
+) -> tuple[Tensor, Tensor]:
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = _cast_for_autocast(q, k, v)
+    options = (scale, window_left, window_right, top_left, deterministic, *block_size)
+    # A transform inside torch.compile is traced by Dynamo, which wants the Function; a plain compiled call is one node.
+    if _is_functorch_active():
+        return autograd.FlashAttention.apply(q, k, v, *options, version, with_lse)
+    return (autograd.fwd_v1 if version == 1 else autograd.fwd)(q, k, v, *options)
+
+
+def _block(function: str, block_size: tuple[int, int] | None) -> tuple[int, int]:
+    if block_size is None:
+        return 0, 0
+    try:
+        rows, columns = block_size
+        rows, columns = int(rows), int(columns)
+    except (TypeError, ValueError):
+        raise ValueError(f"{function}: block_size is {block_size!r}; it has to be (rows, columns) or None") from None
+    if rows <= 0 or columns <= 0:
+        raise ValueError(f"{function}: block_size is {block_size!r}; both have to be positive")
+    return rows, columns
+
+
+def _top_left(function: str, causal_align: str) -> bool:
+    if causal_align == "bottom-right":
+        return False
+    if causal_align == "top-left":
+        return True
+    raise ValueError(f"{function}: causal_align is {causal_align!r}; it has to be 'bottom-right' or 'top-left'")
+
+
+def _require_tensors(function: str, q: Any, k: Any, v: Any) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{function}: {name} is {type(t).__name__}; it has to be a torch.Tensor")
+
+
+def flash_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    causal: bool = False,
+    *,
+    causal_align: str = "bottom-right",
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Exact attention, :math:`O = \mathrm{softmax}(\mathrm{scale} \cdot Q K^\top) V`, without the S x S matrix.
+
+    Version 2 of the algorithm (FlashAttention-2, Algorithms 1 and 2). Memory grows linearly with the sequence.
+
+    Parameters
+    ----------
+    q : Tensor
+        ``(B, Hq, Sq, D)``, or ``(B, Sq, D)`` for one head. float16, bfloat16, float32; float64 on the CPU.
+    k : Tensor
+        ``(B, Hk, Sk, D)`` or ``(B, Sk, D)``. ``Hq % Hk == 0``: each key/value head serves ``Hq / Hk`` query heads, and
+        its gradient comes out at ``Hk`` heads with no expanded copy.
+    v : Tensor
+        ``(B, Hk, Sk, Dv)`` or ``(B, Sk, Dv)``. Any strides; a last dimension that is not contiguous costs one copy.
+    scale : float, optional
+        Multiplies the scores; any finite number. Default ``1 / sqrt(D)``.
+    causal : bool
+        Query ``i`` sees keys ``j <= i + shift``.
+    causal_align : {"bottom-right", "top-left"}
+        ``shift`` is ``Sk - Sq`` (the last query sees the last key) or 0. It also places ``window``.
+    window : (int, int), optional
+        Query ``i`` sees keys in ``[i + shift - left, i + shift + right]``, both ends included. ``None`` or a negative
+        end is open. ``causal`` sets ``right`` to 0.
+    softcap, alibi_slopes, mask, bias, dropout_p
+        Part of the contract; no kernel has them yet, so a value other than the default raises ``NotImplementedError``.
+    deterministic : bool, optional
+        Of the gradients. Default: ``torch.are_deterministic_algorithms_enabled()``. The CPU engine always is; the
+        forward is bit-reproducible everywhere.
+    return_lse : bool
+        Also return ``lse``.
+
+    Returns
+    -------
+    out : Tensor
+        ``(B, Hq, Sq, Dv)`` or ``(B, Sq, Dv)``, dtype and memory layout of ``q``. A row that sees no key is 0.
+    lse : Tensor
+        With ``return_lse``: ``logsumexp`` of the scaled scores, natural log, ``(B, Hq, Sq)`` or ``(B, Sq)``, float32
+        (float64 for float64). ``-inf`` where a row sees no key. Differentiable.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Shapes, dtypes, devices or numbers that do not fit, with the values and the rule.
+    NotImplementedError
+        A meaningful call that this build cannot compute; double backward.
+    """
+    if softcap != 0.0 or dropout_p != 0.0 or alibi_slopes is not None or mask is not None or bias is not None:
+        _reject_missing("flash_attention", softcap, alibi_slopes, mask, bias, dropout_p)
+    return _flash_attention_v2(
+        "flash_attention", q, k, v, scale, causal, causal_align, window, deterministic, return_lse, None
+    )
+
+
+def _flash_attention_v2(
+    function: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    causal: bool,
+    causal_align: str,
+    window: tuple[int, int] | None,
+    deterministic: bool | None,
+    return_lse: bool,
+    block_size: tuple[int, int] | None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    if not (isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor)):
+        _require_tensors(function, q, k, v)
+    top_left = causal_align != "bottom-right" and _top_left(function, causal_align)
+    left, right = (-1, 0 if causal else -1) if window is None else _window(function, window, causal)
+    block = (0, 0) if block_size is None else _block(function, block_size)
+    out, lse = _attend(2, q, k, v, scale, left, right, top_left, deterministic, block, return_lse)
+    return (out, lse) if return_lse else out
+
+
+def flash_attention_v2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    causal: bool = False,
+    *,
+    causal_align: str = "bottom-right",
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+    block_size: tuple[int, int] | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`flash_attention` by its algorithm's name, with a choice of tile.
+
+    Parameters
+    ----------
+    block_size : (int, int), optional
+        Query rows and keys of a tile: each 32, 64, 96 or 128. ``None``: the best. All others as in
+        :func:`flash_attention`.
+    """
+    if softcap != 0.0 or dropout_p != 0.0 or alibi_slopes is not None or mask is not None or bias is not None:
+        _reject_missing("flash_attention_v2", softcap, alibi_slopes, mask, bias, dropout_p)
+    return _flash_attention_v2(
+        "flash_attention_v2", q, k, v, scale, causal, causal_align, window, deterministic, return_lse, block_size
+    )
+
+
+def flash_attention_v1(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    causal: bool = False,
+    *,
+    block_size: tuple[int, int] | None = None,
+) -> Tensor:
+    """Exact attention by version 1 of the algorithm (FlashAttention, Algorithm 1): keys in the outer loop, the output
+    and its statistics read, rescaled and written at every step. For study and comparison; it trains through the
+    version-2 backward.
+
+    Parameters
+    ----------
+    q, k, v, scale, causal
+        As in :func:`flash_attention` (causal is bottom-right).
+    block_size : (int, int), optional
+        Query rows and keys of a block: each 32, 64, 96 or 128. ``None``: the best.
+
+    Returns
+    -------
+    Tensor
+        ``(B, Hq, Sq, Dv)`` or ``(B, Sq, Dv)``.
+    """
+    _require_tensors("flash_attention_v1", q, k, v)
+    block = _block("flash_attention_v1", block_size)
+    return _attend(1, q, k, v, scale, -1, 0 if causal else -1, False, None, block, False)[0]
+
+
+def supported_kernels() -> list[dict[str, Any]]:
+    """What this binary can run, one dict per kernel: device, arch, pass, version, dtype, operand, features."""
+    return _C.supported_kernels()
+
+
+def build_info() -> dict[str, Any]:
+    """What this binary is: PyTorch and CUDA it was built with, architectures, compiler, hash of its sources."""
+    return {**_C.build_info(), **build_record()}
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None = None,
+    causal: bool = False,
+    *,
+    causal_align: str = "bottom-right",
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+) -> dict[str, Any]:
+    """Which kernels :func:`flash_attention` would run for this call, with tile, workspace and reason; or why none does.
+
+    Nothing is computed: the call goes through the shape rules alone, then asks the binary for its plan.
+
+    Returns
+    -------
+    dict
+        ``{"runs": True, "fwd": plan, "bwd": plan}``, each plan a dict with ``kernel``, ``tile``, ``workspace_bytes``,
+        ``why``; or ``{"runs": False, "why_not": text}``.
+    """
+    try:
+        _reject_missing("flash_attention", softcap, alibi_slopes, mask, bias, dropout_p)
+        _require_tensors("flash_attention", q, k, v)
+        top_left = _top_left("flash_attention", causal_align)
+        left, right = _window("flash_attention", window, causal)
+        q, k, v = _cast_for_autocast(q, k, v)
+        fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in (q, k, v)]
+        if len({t.device for t in (q, k, v)}) > 1:
+            raise ValueError(f"flash_attention: q is on {q.device}, k on {k.device}, v on {v.device}")
+        autograd.fwd(*fakes, scale, left, right, top_left)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        return {"runs": False, "why_not": str(error)}
+    if q.device.type != "cpu":
+        return {
+            "runs": False,
+            "why_not": f"flash_attention: no kernel for {q.device.type} tensors in this build; "
+            "supported_kernels() lists what there is",
+        }
+    has_heads = q.dim() == 4
+    sizes = {
+        "dtype": str(q.dtype).removeprefix("torch."),
+        "batch": q.shape[0],
+        "heads": q.shape[1] if has_heads else 1,
+        "heads_kv": k.shape[1] if has_heads else 1,
+        "seqlen_q": q.shape[-2],
+        "seqlen_k": k.shape[-2],
+        "head_dim": q.shape[-1],
+        "head_dim_v": v.shape[-1],
+        "block_m": 0,
+        "block_n": 0,
+        "threads": torch.get_num_threads(),
+    }
+    copies = [
+        name for name, t in (("q", q), ("k", k), ("v", v)) if t.shape[-1] > 1 and t.stride(-1) != 1 and t.numel() > 0
+    ]
+    return {
+        "runs": True,
+        "fwd": _C.plan(pass_="fwd", version=2, **sizes),
+        "bwd": _C.plan(pass_="bwd", version=2, **sizes),
+        "copied_to_contiguous": copies,
+    }
