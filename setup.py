@@ -7,6 +7,7 @@ Environment
     FLASH_ATTN_EXT_CUDA=auto|1|0   auto (default): CUDA sources are compiled if torch is a CUDA build and nvcc is there.
     TORCH_CUDA_ARCH_LIST           default 8.0+PTX;9.0a. No GPU is needed to build.
     MAX_JOBS                       parallel compilations; default by cores and free memory.
+    FLASH_ATTN_EXT_BUILD_DIR       keeps object files there, so that the next build compiles only what changed.
     FLASH_ATTN_EXT_DEBUG=1         -O1 with symbols.  FLASH_ATTN_EXT_SANITIZE=address,undefined adds sanitizers.
 """
 
@@ -140,6 +141,11 @@ introspection = Extension(
 
 class BuildExtension(cpp_extension.BuildExtension):
     """Names `_ops.so`, links `_C` to it, and writes `build.json` beside them."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        if directory := os.environ.get("FLASH_ATTN_EXT_BUILD_DIR"):
+            self.build_temp = directory  # pip gives a fresh temporary one to every build
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.rpartition(".")[2] == "_ops":
