@@ -64,8 +64,8 @@ py::dict cpu_kernel(const char* pass, int version, const Named& dtype, const cha
   d["dtype"] = dtype.name;
   d["operand"] = operand;
   d["head_dim_max"] = py::none();  // any
-  d["features"] = std::vector<std::string>{"causal", "causal_align", "window", "gqa", "lse", "dlse", "strides",
-                                           "head_dim_v", "deterministic"};
+  d["features"] = std::vector<std::string>{"causal", "causal_align", "window",     "gqa",          "lse",
+                                           "dlse",   "strides",      "head_dim_v", "deterministic"};
   return d;
 }
 

@@ -53,7 +53,7 @@ def v2_forward_bytes(n: int, d: int, br: int, e: int = 2) -> int:
 
 def naive_backward_bytes(n: int, d: int, e: int = 2) -> int:
     """Five kernels over n x n matrices: P, dP and dS are written or read seven times in all."""
-    return 9 * e * n * d + 7 * e * n * n
+    return 8 * e * n * d + 7 * e * n * n
 
 
 def v2_backward_bytes(n: int, d: int, bc: int, e: int = 2) -> int:
@@ -74,7 +74,10 @@ def square_backward_bytes(n: int, d: int, chunk: int, e: int = 2) -> int:
 def traffic_table() -> str:
     """The worked numbers of docs/algorithms.md."""
     n = 4096
-    lines = ["| N = 4096, bf16, one head | d = 64 | FLOP/byte | d = 128 | FLOP/byte |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "| N = 4096, bf16, one head | d = 64 | FLOP/byte | d = 128 | FLOP/byte |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
     rows: list[tuple[str, int, Callable[[int], int]]] = [
         ("naive forward", 4, lambda d: naive_forward_bytes(n, d)),
         ("v1 forward, $B_c$ = 128, O in fp32", 4, lambda d: v1_forward_bytes(n, d, 128)),
@@ -136,8 +139,15 @@ def loop_orders() -> None:
     panels[0].set_title("version 1: keys outside, rows inside", fontsize=13, pad=34, color=ORANGE)
     panels[1].set_title("version 2: rows outside, keys inside", fontsize=13, pad=34, color=BLUE)
     below = {"ha": "center", "va": "top", "fontsize": 11, "linespacing": 1.5}
-    panels[0].text(2, 4.15, "stays: $K_j, V_j$\neach step reads $Q_i, O_i, \\ell_i, m_i$\nand writes $O_i, \\ell_i, m_i$", **below)
-    panels[1].text(2, 4.15, "stays: $Q_i, O_i, \\ell_i, m_i$\neach step reads $K_j, V_j$\n$O_i$ and lse are written once per row block", **below)
+    panels[0].text(
+        2, 4.15, "stays: $K_j, V_j$\neach step reads $Q_i, O_i, \\ell_i, m_i$\nand writes $O_i, \\ell_i, m_i$", **below
+    )
+    panels[1].text(
+        2,
+        4.15,
+        "stays: $Q_i, O_i, \\ell_i, m_i$\neach step reads $K_j, V_j$\n$O_i$ and lse are written once per row block",
+        **below,
+    )
     figure.tight_layout(w_pad=4)
     save(figure, "loop_orders.png")
 
@@ -147,8 +157,9 @@ def online_softmax() -> None:
     blocks, width = 8, 8
     rng = np.random.default_rng(11)
     scores = rng.normal(0.0, 1.0, (blocks, width))
-    scores[2, 3], scores[5, 5] = 2.9, 4.2
+    scores[2, 3], scores[5, 5] = 2.9, 3.9
     values = rng.normal(0.6, 1.0, (blocks, width))
+    values[2, 3], values[5, 5] = -0.5, 1.7
     exact_p = np.exp(scores - scores.max())
     exact = float((exact_p * values).sum() / exact_p.sum())
 
@@ -178,7 +189,9 @@ def online_softmax() -> None:
     panels[3].plot(x, raw, "o-", color=BLUE, label="$O_i$ of version 2, not normalised")
     panels[3].plot(x, normalised, "s-", color=ORANGE, label="$O_i$ of version 1, normalised at every step")
     panels[3].axhline(exact, color=GREY, linestyle="--", linewidth=1.3, label="softmax of the whole row")
-    panels[3].plot(blocks + 0.33, raw[-1] / sums[-1], "*", color=BLUE, markersize=13, label=r"version 2 after $O_i / \ell_i$")
+    panels[3].plot(
+        blocks + 0.33, raw[-1] / sums[-1], "*", color=BLUE, markersize=13, label=r"version 2 after $O_i / \ell_i$"
+    )
     panels[3].set(ylabel="output (one column)", xlabel="key block $j$", xticks=x)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
@@ -215,7 +228,9 @@ def mask_tiles() -> None:
                 visited = max(begin[m0], n0) < min(end[m1 - 1], n1)
                 full = begin[m1 - 1] <= n0 and n1 <= end[m0]
                 colour = PAPER if not visited else PALE_BLUE if full else PALE_ORANGE
-                axes.add_patch(Rectangle((n0, m0), n1 - n0, m1 - m0, facecolor=colour, edgecolor="white", linewidth=2.5))
+                axes.add_patch(
+                    Rectangle((n0, m0), n1 - n0, m1 - m0, facecolor=colour, edgecolor="white", linewidth=2.5)
+                )
         for q in range(sq):
             for k in range(begin[q], end[q]):
                 axes.plot(k + 0.5, q + 0.5, "s", color=BLUE, markersize=3.2)
@@ -253,17 +268,26 @@ def latin_rectangle() -> None:
                     continue
                 skipped = causal and r < j
                 axes.add_patch(
-                    Rectangle((j, r), 1, 1, facecolor=PAPER if skipped else colours[step], edgecolor="white", linewidth=3)
+                    Rectangle(
+                        (j, r), 1, 1, facecolor=PAPER if skipped else colours[step], edgecolor="white", linewidth=3
+                    )
                 )
-                axes.text(j + 0.5, r + 0.5, "skipped" if skipped else f"step {step}", ha="center", va="center",
-                          fontsize=8 if skipped else 10, color=GREY if skipped else "white")
+                axes.text(
+                    j + 0.5,
+                    r + 0.5,
+                    "skipped" if skipped else f"step {step}",
+                    ha="center",
+                    va="center",
+                    fontsize=8 if skipped else 10,
+                    color=GREY if skipped else "white",
+                )
         for j in range(keys):
             axes.text(j + 0.5, -0.12, f"{j}", ha="center", fontsize=10)
         for r in range(rows):
             label = f"{r}" if rows == 4 else f"head {r // 3}, {r % 3}"
             axes.text(-0.12, r + 0.5, label, ha="right", va="center", fontsize=10)
         axes.text(keys / 2, -0.45, "key chunk: its dK, dV", ha="center", fontsize=10, color=INK)
-        axes.set_title(title, fontsize=11, pad=34)
+        axes.set_title(title, fontsize=11, pad=42)
     panels[0].text(-0.75, 2, "row chunk: its dQ", rotation=90, ha="center", va="center", fontsize=10)
     figure.tight_layout(w_pad=2)
     save(figure, "latin_rectangle.png")
@@ -289,7 +313,9 @@ def hbm_traffic() -> None:
     for axes, curves, title in zip(panels, series, ("forward", "backward"), strict=True):
         for name, colour, count in curves:
             style = "--" if colour == INK else "-"
-            axes.plot(lengths, [count(int(n), d) / 1e6 for n in lengths], style, color=colour, linewidth=2.2, label=name)
+            axes.plot(
+                lengths, [count(int(n), d) / 1e6 for n in lengths], style, color=colour, linewidth=2.2, label=name
+            )
         axes.set(xscale="log", yscale="log", xlabel="sequence length N", title=f"{title}, one head, d = {d}, bf16")
         axes.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
         axes.minorticks_off()

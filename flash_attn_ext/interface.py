@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import autograd
 from ._binary import _C, build_record
 
 _is_functorch_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
+_LARGEST = 2**62  # of an integer that is handed to an operator
 
 
-def _not_implemented(function: str, option: str, value: object, instead: str = "naive_attention") -> None:
-    raise NotImplementedError(f"{function}: {option}={value!r} is not implemented yet; {instead} computes it")
+def _not_implemented(function: str, option: str, value: str) -> None:
+    raise NotImplementedError(f"{function}: {option}={value} is not implemented yet; naive_attention computes it")
+
+
+def _require_number(function: str, name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's scalars are Real
+        raise TypeError(f"{function}: {name} is {value!r}; it has to be a number")
 
 
 def _reject_missing(
@@ -27,18 +35,21 @@ def _reject_missing(
     dropout_p: float,
 ) -> None:
     """Options of the contract that no kernel has yet raise, each under its own name; wrong values raise ValueError."""
+    _require_number(function, "dropout_p", dropout_p)
+    _require_number(function, "softcap", softcap)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"{function}: dropout_p is {dropout_p}; it has to lie in [0, 1)")
     if not 0.0 <= softcap < float("inf"):
         raise ValueError(f"{function}: softcap is {softcap}; it has to be 0 (off) or a positive finite number")
     if softcap != 0.0:
-        _not_implemented(function, "softcap", softcap)
+        _not_implemented(function, "softcap", repr(softcap))
     if dropout_p != 0.0:
-        _not_implemented(function, "dropout_p", dropout_p)
+        _not_implemented(function, "dropout_p", repr(dropout_p))
     for name, value in (("alibi_slopes", alibi_slopes), ("mask", mask), ("bias", bias)):
         if value is not None:
-            shape = tuple(value.shape) if isinstance(value, Tensor) else value
-            _not_implemented(function, name, f"<{shape}>")
+            if not isinstance(value, Tensor):
+                raise TypeError(f"{function}: {name} is {type(value).__name__}; it has to be a torch.Tensor or None")
+            _not_implemented(function, name, f"<tensor {tuple(value.shape)}>")
 
 
 def _window(function: str, window: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
@@ -52,18 +63,26 @@ def _window(function: str, window: tuple[int, int] | None, causal: bool) -> tupl
         for end in (left, right):
             if end is not None and (isinstance(end, (bool, float)) or not isinstance(end, (int, torch.SymInt))):
                 raise TypeError(f"{function}: window is {window!r}; both ends have to be integers")
-        left = -1 if left is None else left
-        right = -1 if right is None else right
+        left = -1 if left is None or (isinstance(left, int) and abs(left) > _LARGEST) else left
+        right = -1 if right is None or (isinstance(right, int) and abs(right) > _LARGEST) else right
     return left, 0 if causal else right
 
 
 def _cast_for_autocast(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cast outside the operator, so that what is saved for backward has the autocast dtype too. float64 stays."""
     device = q.device.type
-    if not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
+    # Asking about the meta device raises: there is no autocast for it.
+    if device == "meta" or not torch.is_autocast_enabled(device) or q.dtype == torch.float64:
         return q, k, v
     dtype = torch.get_autocast_dtype(device)
     return q.to(dtype), k.to(dtype), v.to(dtype)
+
+
+def _refuse_jagged(function: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Jagged tensors raise before any kernel of ours is reached, with nothing but the operator's name as their text."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.is_nested:
+            raise TypeError(f"{function}: {name} is a nested tensor; convert it to an ordinary dense one") from None
 
 
 def _attend(
@@ -77,18 +96,26 @@ def _attend(
     top_left: bool,
     deterministic: bool | None,
     block_size: tuple[int, int],
-    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
-    if torch.is_autocast_enabled(q.device.type):
+    device = q.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
         q, k, v = _cast_for_autocast(q, k, v)
-    options = (scale, window_left, window_right, top_left, deterministic, *block_size)
-    if _is_functorch_active():
-        return autograd.FlashAttention.apply(q, k, v, *options, version, with_lse)
     op = autograd.fwd_v1 if version == 1 else autograd.fwd
-    if _is_compiling() or (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+    options = (scale, window_left, window_right, top_left, deterministic, *block_size)
+    if _is_compiling():
         return op(q, k, v, *options)
-    with torch._C._AutoDispatchBelowAutograd():  # nothing to record: 4 of 9 microseconds saved
-        return op(q, k, v, *options)
+    try:
+        if (
+            (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+            or _is_functorch_active()
+            or forward_ad._current_level >= 0
+        ):
+            return op(q, k, v, *options)
+        with torch._C._AutoDispatchBelowAutograd():  # nothing to record: 4 of 9 microseconds saved
+            return op(q, k, v, *options)
+    except NotImplementedError:
+        _refuse_jagged("flash_attention_v1" if version == 1 else "flash_attention", q, k, v)
+        raise
 
 
 def _block(function: str, block_size: tuple[int, int] | None) -> tuple[int, int]:
@@ -96,12 +123,14 @@ def _block(function: str, block_size: tuple[int, int] | None) -> tuple[int, int]
         return 0, 0
     try:
         rows, columns = block_size
-        rows, columns = int(rows), int(columns)
     except (TypeError, ValueError):
         raise ValueError(f"{function}: block_size is {block_size!r}; it has to be (rows, columns) or None") from None
-    if rows <= 0 or columns <= 0:
-        raise ValueError(f"{function}: block_size is {block_size!r}; both have to be positive")
-    return rows, columns
+    for size in (rows, columns):
+        if isinstance(size, bool) or not isinstance(size, numbers.Integral):
+            raise TypeError(f"{function}: block_size is {block_size!r}; rows and columns have to be integers")
+    if not (0 < rows <= _LARGEST and 0 < columns <= _LARGEST):
+        raise ValueError(f"{function}: block_size is {block_size!r}; both have to be positive and no larger than 2^62")
+    return int(rows), int(columns)
 
 
 def _top_left(function: str, causal_align: str) -> bool:
@@ -205,7 +234,7 @@ def _flash_attention_v2(
     top_left = causal_align != "bottom-right" and _top_left(function, causal_align)
     left, right = (-1, 0 if causal else -1) if window is None else _window(function, window, causal)
     block = (0, 0) if block_size is None else _block(function, block_size)
-    out, lse = _attend(2, q, k, v, scale, left, right, top_left, deterministic, block, return_lse)
+    out, lse = _attend(2, q, k, v, scale, left, right, top_left, deterministic, block)
     return (out, lse) if return_lse else out
 
 
@@ -269,7 +298,7 @@ def flash_attention_v1(
     """
     _require_tensors("flash_attention_v1", q, k, v)
     block = _block("flash_attention_v1", block_size)
-    return _attend(1, q, k, v, scale, -1, 0 if causal else -1, False, None, block, False)[0]
+    return _attend(1, q, k, v, scale, -1, 0 if causal else -1, False, None, block)[0]
 
 
 def supported_kernels() -> list[dict[str, Any]]:
@@ -278,8 +307,12 @@ def supported_kernels() -> list[dict[str, Any]]:
 
 
 def build_info() -> dict[str, Any]:
-    """What this binary is: PyTorch and CUDA it was built with, architectures, compiler, hash of its sources."""
-    return {**_C.build_info(), **build_record()}
+    """What this binary is: PyTorch and CUDA it was built with, architectures, compiler, hash of its sources.
+
+    ``cuda`` is a bool, ``cuda_version`` the toolkit's; what the binary says of itself wins over ``build.json``.
+    """
+    record = build_record()
+    return {**record, "cuda_version": record.get("cuda"), **_C.build_info()}
 
 
 def explain(
@@ -314,11 +347,14 @@ def explain(
         _require_tensors("flash_attention", q, k, v)
         top_left = _top_left("flash_attention", causal_align)
         left, right = _window("flash_attention", window, causal)
+        for name, t in (("q", q), ("k", k), ("v", v)):
+            if t.layout != torch.strided or t.is_nested or t.is_quantized:
+                raise TypeError(f"flash_attention: {name} is not an ordinary dense tensor; convert it")
         q, k, v = _cast_for_autocast(q, k, v)
         fakes = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in (q, k, v)]
         if len({t.device for t in (q, k, v)}) > 1:
             raise ValueError(f"flash_attention: q is on {q.device}, k on {k.device}, v on {v.device}")
-        autograd.fwd(*fakes, scale, left, right, top_left)
+        autograd.fwd(*fakes, scale, left, right, top_left, deterministic)
     except (ValueError, TypeError, NotImplementedError) as error:
         return {"runs": False, "why_not": str(error)}
     if q.device.type != "cpu":

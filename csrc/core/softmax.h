@@ -33,9 +33,7 @@ struct softmax {
   FAE_HD static T lse(T m_i, T l_i) { return l_i == T(0) ? neg_inf() : m_i * T(kLn2) + log_of(l_i); }
 
   // Backward recomputes P = exp2(t - lse_base2(lse)). An empty row gets +inf there, hence P = 0 and no NaN.
-  FAE_HD static T lse_base2(T lse) {
-    return lse == neg_inf() ? std::numeric_limits<T>::infinity() : lse * T(kLog2E);
-  }
+  FAE_HD static T lse_base2(T lse) { return lse == neg_inf() ? std::numeric_limits<T>::infinity() : lse * T(kLog2E); }
 
  private:
   FAE_HD static float exp2_of(float x) { return ::exp2f(x); }

@@ -29,7 +29,7 @@ struct Grid {
   int chunk;
   int row_chunks;  // per query head
   int key_chunks;
-  int group;  // query heads per key/value head
+  int group;      // query heads per key/value head
   int64_t units;  // batch * key/value heads
 
   Grid(const Sizes& z, int chunk)
@@ -78,9 +78,7 @@ struct Accumulators {
   }
   int64_t dk_size(const Grid& g) const { return int64_t{g.keys_padded()} * ld_k; }
   int64_t dv_size(const Grid& g) const { return int64_t{g.keys_padded()} * ld_v; }
-  static int64_t dq_size(const Sizes& z, const Grid& g) {
-    return int64_t{g.group} * g.rows_padded() * z.head_dim;
-  }
+  static int64_t dq_size(const Sizes& z, const Grid& g) { return int64_t{g.group} * g.rows_padded() * z.head_dim; }
   void clear(const Sizes& z, const Grid& grid) {
     std::fill_n(dk, dk_size(grid), Acc(0));
     std::fill_n(dv, dv_size(grid), Acc(0));
@@ -98,19 +96,19 @@ template <typename T>
 struct SquareScratch {
   using Op = typename T::Op;
   using Acc = typename T::Acc;
-  Op* q_t;        // [inner(D)][chunk]   B of S^T
-  Op* dout_t;     // [inner(Dv)][chunk]  B of dP^T
-  Op* q_b;        // [chunk][D]          B of dK
-  Op* dout_b;     // [chunk][Dv]         B of dV
-  Op* k_a;        // [chunk][inner(D)]   A of S^T
-  Op* v_a;        // [chunk][inner(Dv)]  A of dP^T
-  Op* k_t;        // [D][chunk]          A of dQ^T
-  Acc* s;         // [tile_n][chunk]
-  Acc* dp;        // [tile_n][chunk]
-  Op* p;          // [tile_n][chunk]     A of dV; is s where the types agree
-  Op* ds;         // [tile_n][chunk]     A of dK; is dp where the types agree
-  Op* ds_b;       // [tile_n][chunk]     B of dQ^T; is ds where the layouts agree
-  Range* visible; // [tile_n]
+  Op* q_t;         // [inner(D)][chunk]   B of S^T
+  Op* dout_t;      // [inner(Dv)][chunk]  B of dP^T
+  Op* q_b;         // [chunk][D]          B of dK
+  Op* dout_b;      // [chunk][Dv]         B of dV
+  Op* k_a;         // [chunk][inner(D)]   A of S^T
+  Op* v_a;         // [chunk][inner(Dv)]  A of dP^T
+  Op* k_t;         // [D][chunk]          A of dQ^T
+  Acc* s;          // [tile_n][chunk]
+  Acc* dp;         // [tile_n][chunk]
+  Op* p;           // [tile_n][chunk]     A of dV; is s where the types agree
+  Op* ds;          // [tile_n][chunk]     A of dK; is dp where the types agree
+  Op* ds_b;        // [tile_n][chunk]     B of dQ^T; is ds where the layouts agree
+  Range* visible;  // [tile_n]
 
   SquareScratch(Arena& arena, const Sizes& z, int chunk, int tile_n) {
     const int64_t d = z.head_dim, dv = z.head_dim_v;
@@ -191,8 +189,7 @@ void run_square(const BackwardParams& bp, const BackwardPlan& plan, const Grid& 
     const int m0 = static_cast<int>(round_down(first, kColumnStep));
     const int m = static_cast<int>(round_up(last, kColumnStep)) - m0;
     for (int row = 0; row < plan.tile_n; ++row) {
-      const Range of_key =
-          row < tile_keys ? mask.rows_of_keys(j0 + n + row, j0 + n + row + 1) : Range{0, 0};
+      const Range of_key = row < tile_keys ? mask.rows_of_keys(j0 + n + row, j0 + n + row + 1) : Range{0, 0};
       x.visible[row] = {std::clamp(of_key.begin - i0 - m0, 0, m), std::clamp(of_key.end - i0 - m0, 0, m)};
     }
     gemm(plan.tile_n, m, d_inner, d_inner, chunk, chunk, false, x.k_a + int64_t{n} * d_inner,
@@ -245,8 +242,8 @@ void store_keys(const BackwardParams& bp, const Grid& grid, int64_t b, int h_kv,
   const auto& ops = tile_ops<In, typename T::Op, Acc>();
   const Sizes& z = bp.fwd.sizes;
   const int j0 = j * grid.chunk, keys = std::min(grid.chunk, z.seqlen_k - j0);
-  ops.store_rows(acc.dk + int64_t{j0} * acc.ld_k, acc.ld_k, keys, z.head_dim, nullptr,
-                 static_cast<Acc>(bp.fwd.scale), bp.dk.row<In>(b, h_kv, j0), bp.dk.stride_s);
+  ops.store_rows(acc.dk + int64_t{j0} * acc.ld_k, acc.ld_k, keys, z.head_dim, nullptr, static_cast<Acc>(bp.fwd.scale),
+                 bp.dk.row<In>(b, h_kv, j0), bp.dk.stride_s);
   ops.store_rows(acc.dv + int64_t{j0} * acc.ld_v, acc.ld_v, keys, z.head_dim_v, nullptr, Acc(1),
                  bp.dv.row<In>(b, h_kv, j0), bp.dv.stride_s);
 }
@@ -378,8 +375,8 @@ BackwardPlan plan_backward(const Sizes& sizes, DType dtype, int threads) {
     const int64_t widest = plan.heads_in_parallel ? grid.units : grid.units * grid.key_chunks;
     plan.slots = static_cast<int>(std::clamp<int64_t>(widest, 1, threads));
     plan.slot_bytes = layout.square_bytes + (plan.heads_in_parallel ? layout.accumulator_bytes : 0);
-    plan.shared_bytes = layout.stats_bytes +
-                        (plan.heads_in_parallel ? 0 : static_cast<size_t>(grid.units) * layout.accumulator_bytes);
+    plan.shared_bytes =
+        layout.stats_bytes + (plan.heads_in_parallel ? 0 : static_cast<size_t>(grid.units) * layout.accumulator_bytes);
     plan.workspace_bytes = plan.shared_bytes + plan.slots * plan.slot_bytes;
     return plan;
   });

@@ -28,15 +28,14 @@ constexpr ForwardTile kForwardTiles[] = {
 };
 
 // Version 1 walks its blocks as the paper does, so its tile is what the caller asks for; this is the default.
-constexpr ForwardTile kForwardV1Tile = {"cpu_fwd_v1", 1 << 30, 64, 128, 0,
-                                        "block_size=(64, 128) unless the caller chooses"};
+constexpr ForwardTile kForwardV1Tile = {"cpu_fwd_v1", 1 << 30, 64, 128, 0, "(64, 128) unless block_size is given"};
 
 constexpr BackwardTile kBackwardTiles[] = {
     {"cpu_bwd_d64", 64, 256, 64, "packing is 4 % of a 256 x 256 square in fp32; the square's operands fit the L2"},
     {"cpu_bwd_wide", 1 << 30, 128, 64, "the same footprint at twice the head dimension"},
 };
 
-constexpr int kMinBlock = 32;   // block_size, each way
+constexpr int kMinBlock = 32;  // block_size, each way
 constexpr int kMaxBlock = 128;
 
 template <int kCount>

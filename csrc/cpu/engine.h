@@ -19,10 +19,10 @@ struct ForwardPlan {
   int tile_n;
   int rows_per_task;
   int64_t tasks;
-  int slots;                // threads that take part
-  size_t slot_bytes;        // scratch of each
-  size_t shared_bytes;      // version 1: fp32 O where the output has 16 bits, and its m and l
-  size_t workspace_bytes;   // all of it
+  int slots;               // threads that take part
+  size_t slot_bytes;       // scratch of each
+  size_t shared_bytes;     // version 1: fp32 O where the output has 16 bits, and its m and l
+  size_t workspace_bytes;  // all of it
 };
 
 struct BackwardPlan {

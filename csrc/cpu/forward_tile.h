@@ -24,12 +24,12 @@ inline int gemm_rows(int rows, int tile_m) {
 // A thread's scratch for one key block and one score tile.
 template <typename T>
 struct TileScratch {
-  typename T::Op* k_t;    // [inner(D)][tile_n], B operand
-  typename T::Op* v_b;    // [tile_n][Dv], B operand
-  typename T::Acc* s;     // [tile_m][tile_n]
-  typename T::Op* p;      // [tile_m][tile_n], A operand; is s where the types agree
-  typename T::Acc* alpha; // [tile_m]
-  Range* visible;         // [tile_m]
+  typename T::Op* k_t;     // [inner(D)][tile_n], B operand
+  typename T::Op* v_b;     // [tile_n][Dv], B operand
+  typename T::Acc* s;      // [tile_m][tile_n]
+  typename T::Op* p;       // [tile_m][tile_n], A operand; is s where the types agree
+  typename T::Acc* alpha;  // [tile_m]
+  Range* visible;          // [tile_m]
 
   TileScratch(Arena& arena, const Sizes& sizes, int tile_m, int tile_n) {
     k_t = arena.take<typename T::Op>(int64_t{T::inner(sizes.head_dim)} * tile_n);
@@ -98,9 +98,9 @@ bool score_tile(const AttentionParams& p, const IntervalMask& mask, const KeyBlo
     const int first = mask.begin(m0 + r) - block.origin - c0, last = mask.end(m0 + r) - block.origin - c0;
     scratch.visible[r] = {std::clamp(first, 0, n), std::clamp(last, 0, n)};
   }
-  return tile_ops<typename T::In, typename T::Op, Acc>().softmax_step(
-      scratch.s + c0, tile_n, rows, n, scratch.visible, static_cast<Acc>(p.scale * kLog2E), m, l, scratch.alpha,
-      scratch.p + c0, tile_n);
+  return tile_ops<typename T::In, typename T::Op, Acc>().softmax_step(scratch.s + c0, tile_n, rows, n, scratch.visible,
+                                                                      static_cast<Acc>(p.scale * kLog2E), m, l,
+                                                                      scratch.alpha, scratch.p + c0, tile_n);
 }
 
 }  // namespace fae::cpu

@@ -6,13 +6,13 @@
 
 namespace fae::cpu {
 
-#define FAE_DECLARE(isa)                                       \
-  namespace isa {                                              \
-  extern const TileOps<float, float, float> f32_ops;           \
-  extern const TileOps<double, double, double> f64_ops;        \
-  extern const TileOps<bf16_t, bf16_t, float> bf16_ops;        \
-  extern const TileOps<bf16_t, float, float> bf16_f32_ops;     \
-  extern const TileOps<f16_t, float, float> f16_f32_ops;       \
+#define FAE_DECLARE(isa)                                   \
+  namespace isa {                                          \
+  extern const TileOps<float, float, float> f32_ops;       \
+  extern const TileOps<double, double, double> f64_ops;    \
+  extern const TileOps<bf16_t, bf16_t, float> bf16_ops;    \
+  extern const TileOps<bf16_t, float, float> bf16_f32_ops; \
+  extern const TileOps<f16_t, float, float> f16_f32_ops;   \
   }
 FAE_DECLARE(isa_default)
 #if defined(__x86_64__)

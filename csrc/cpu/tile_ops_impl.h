@@ -132,7 +132,7 @@ FAE_INLINE void store_as(Out* p, typename Simd<Acc>::vec v, int n) {
 
 // 2^x = 2^n * 2^f with n = round(x), f in [-1/2, 1/2]. The polynomials are minimax in relative error: degree 6 has
 // 1.9e-9 (fp32 operands: below half an ulp), degree 4 has 2.6e-6 (bf16 operands, whose own rounding is 2e-3).
-// x below -126 gives 0, NaN gives NaN, x of 128 or more gives infinity.
+// x below -126 gives 0, NaN gives NaN. Infinity comes early, from 127.5 on: a softmax has no exponent above 0.
 template <int kDegree>
 FAE_INLINE vf exp2_poly(vf f) {
   if constexpr (kDegree == 6) {
@@ -197,9 +197,10 @@ FAE_INLINE Acc reduce_sum(typename Simd<Acc>::vec v) {
 // One stage of a 16 x 16 butterfly: lanes whose bit kBit is set are exchanged between rows i and i + kBit.
 template <int kBit>
 FAE_INLINE void exchange(vu& a, vu& b) {
-#define FAE_LO(j) ((j) & kBit ? 16 + (j)-kBit : (j))
-#define FAE_HI(j) ((j) & kBit ? 16 + (j) : (j) + kBit)
-#define FAE_LANES(f) f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
+#define FAE_LO(j) (kBit & (j) ? 16 - kBit + (j) : (j))
+#define FAE_HI(j) (kBit & (j) ? 16 + (j) : kBit + (j))
+#define FAE_LANES(f) \
+  f(0), f(1), f(2), f(3), f(4), f(5), f(6), f(7), f(8), f(9), f(10), f(11), f(12), f(13), f(14), f(15)
   const vu lo = __builtin_shufflevector(a, b, FAE_LANES(FAE_LO));
   const vu hi = __builtin_shufflevector(a, b, FAE_LANES(FAE_HI));
 #undef FAE_LANES
@@ -311,8 +312,8 @@ FAE_INLINE vu load_pairs(const void* row, int unit, int cols) {
 template <typename In, typename Emit>
 FAE_INLINE void transpose_as_float(const In* src, int64_t ld_src, int rows, int cols, int rows_padded, Emit emit) {
   transpose_units(
-      rows, cols, rows_padded, [&](int r, int c) FAE_LAMBDA { return (vu)load_as<float>(src + r * ld_src + c, cols - c); },
-      emit);
+      rows, cols, rows_padded,
+      [&](int r, int c) FAE_LAMBDA { return (vu)load_as<float>(src + r * ld_src + c, cols - c); }, emit);
 }
 
 template <typename In, typename Op, typename Acc>
@@ -333,7 +334,9 @@ void pack_b_transposed(const In* src, int64_t ld_src, int rows, int cols, Op* ds
     transpose_as_float(src, ld_src, rows, cols, rows_padded,
                        [&](int c, int r, vu v) FAE_LAMBDA { store(dst + int64_t{c} * ld_dst + r, v); });
   }
-  for (int c = filled; c < cols_padded; ++c) __builtin_memset(dst + int64_t{c} * ld_dst, 0, sizeof(Op) * ld_dst);
+  constexpr int kStep = is_16bit<Op> ? 2 : 1;  // columns of src in one row of dst
+  for (int c = filled; c < cols_padded; c += kStep)
+    __builtin_memset(dst + int64_t{c} * ld_dst, 0, sizeof(Op) * kStep * rows_padded);
 }
 
 template <typename In, typename Op, typename Acc>
@@ -342,7 +345,8 @@ void pack_a_transposed(const In* src, int64_t ld_src, int rows, int cols, Op* ds
     pack_b_transposed<In, Op, Acc>(src, ld_src, rows, cols, dst, ld_dst, rows_padded, cols);
   } else {
     transpose_units(
-        rows, (cols + 1) / 2, rows_padded, [&](int r, int u) FAE_LAMBDA { return load_pairs(src + r * ld_src, u, cols); },
+        rows, (cols + 1) / 2, rows_padded,
+        [&](int r, int u) FAE_LAMBDA { return load_pairs(src + r * ld_src, u, cols); },
         [&](int u, int r, vu v) FAE_LAMBDA {
           Op* even = dst + int64_t{2} * u * ld_dst + r;
           store(even, __builtin_convertvector(v & 0xffffu, vh));

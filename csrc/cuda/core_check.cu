@@ -18,14 +18,12 @@ int run_core_probes(const CoreProbe* probes, CoreAnswer* answers, int count) {
   CoreAnswer* d_answers = nullptr;
   cudaError_t error = cudaMalloc(&d_probes, sizeof(CoreProbe) * count);
   if (error == cudaSuccess) error = cudaMalloc(&d_answers, sizeof(CoreAnswer) * count);
-  if (error == cudaSuccess)
-    error = cudaMemcpy(d_probes, probes, sizeof(CoreProbe) * count, cudaMemcpyHostToDevice);
+  if (error == cudaSuccess) error = cudaMemcpy(d_probes, probes, sizeof(CoreProbe) * count, cudaMemcpyHostToDevice);
   if (error == cudaSuccess) {
     core_probe_kernel<<<(count + 127) / 128, 128>>>(d_probes, d_answers, count);
     error = cudaGetLastError();
   }
-  if (error == cudaSuccess)
-    error = cudaMemcpy(answers, d_answers, sizeof(CoreAnswer) * count, cudaMemcpyDeviceToHost);
+  if (error == cudaSuccess) error = cudaMemcpy(answers, d_answers, sizeof(CoreAnswer) * count, cudaMemcpyDeviceToHost);
   cudaFree(d_answers);
   cudaFree(d_probes);
   return error;

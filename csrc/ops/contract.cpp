@@ -2,6 +2,7 @@
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty_strided.h>
 
 #include <algorithm>
 #include <cmath>
@@ -37,7 +38,10 @@ bool same_shape(const Tensor& a, c10::SymIntArrayRef sizes) {
 void check_kind(const char* name, const char* what, const Tensor& t) {
   TORCH_CHECK_TYPE(t.defined(), name, ": ", what, " is None; it has to be a tensor");
   TORCH_CHECK_TYPE(t.layout() == at::kStrided && !t.is_quantized() && !t.is_nested(), name, ": ", what, " is a ",
-                   t.is_nested() ? "nested" : t.is_quantized() ? "quantized" : "sparse",
+                   t.is_nested()      ? "nested"
+                   : t.is_quantized() ? "quantized"
+                   : t.is_mkldnn()    ? "oneDNN"
+                                      : "sparse",
                    " tensor; convert it to an ordinary dense one");
 }
 
@@ -71,6 +75,8 @@ void check_forward(const char* name, const Tensor& q, const Tensor& k, const Ten
                     q.sym_size(-1), " (q ", Shape{q}, ", k ", Shape{k}, "); they have to be equal");
   TORCH_CHECK_VALUE(q.sym_size(-1) >= 1 && v.sym_size(-1) >= 1, name,
                     ": the head dimension has to be at least 1, got q ", Shape{q}, ", v ", Shape{v});
+  TORCH_CHECK_VALUE(q.sym_size(-1) <= kMaxHeadDim && v.sym_size(-1) <= kMaxHeadDim, name,
+                    ": the head dimension is limited to 65536, got q ", Shape{q}, ", v ", Shape{v});
   TORCH_CHECK_VALUE(k.sym_size(-2) == v.sym_size(-2), name, ": k has ", k.sym_size(-2), " positions and v ",
                     v.sym_size(-2), " (k ", Shape{k}, ", v ", Shape{v}, "); they have to be equal");
   if (q.dim() == 4) {
@@ -78,6 +84,8 @@ void check_forward(const char* name, const Tensor& q, const Tensor& k, const Ten
     TORCH_CHECK_VALUE(v.sym_size(1) == hk, name, ": k has ", hk, " heads and v ", v.sym_size(1), " (k ", Shape{k},
                       ", v ", Shape{v}, "); they have to be equal");
     TORCH_CHECK_VALUE(hq >= 1 && hk >= 1, name, ": at least one head is needed, got q ", Shape{q}, ", k ", Shape{k});
+    TORCH_CHECK_VALUE(hq <= kMaxHeads && hk <= kMaxHeads, name, ": heads are limited to 2^30 - 1, got q ", Shape{q},
+                      ", k ", Shape{k});
     TORCH_CHECK_VALUE(hq % hk == 0, name, ": k has ", hk, " heads, which does not divide q's ", hq, " heads (q ",
                       Shape{q}, ", k ", Shape{k}, ")");
   }
@@ -85,6 +93,9 @@ void check_forward(const char* name, const Tensor& q, const Tensor& k, const Ten
                     ": sequences are limited to 2^30 - 1 positions, got q ", Shape{q}, ", k ", Shape{k});
   TORCH_CHECK_VALUE(!options.scale.has_value() || std::isfinite(*options.scale), name, ": scale is ",
                     options.scale.value_or(0.0), "; it has to be finite");
+  TORCH_CHECK_VALUE((options.block_m == 0 && options.block_n == 0) || (options.block_m > 0 && options.block_n > 0),
+                    name, ": block_size (", options.block_m, ", ", options.block_n,
+                    "); both have to be positive, or both 0 for the best");
 }
 
 void check_backward(const Tensor& dout, const std::optional<Tensor>& dlse, const Tensor& q, const Tensor& k,
@@ -116,21 +127,27 @@ void check_backward(const Tensor& dout, const std::optional<Tensor>& dlse, const
 
 namespace {
 
-// A dense tensor of q's shape but for the last dimension, its dimensions in memory ordered as q's are.
+// A dense tensor of q's shape but for the last dimension, which is contiguous: engines write whole rows. The other
+// dimensions stand in memory in the order of q's.
 Tensor empty_in_layout_of(const Tensor& q, const SymInt& last) {
-  if (last == q.sym_size(-1)) return at::empty_like(q);
-  const int64_t n = q.dim();
-  std::vector<int64_t> order(n), inverse(n);
-  std::iota(order.begin(), order.end(), 0);
-  const auto strides = q.sym_strides();
-  std::stable_sort(order.begin(), order.end() - 1,
-                   [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
-  std::vector<SymInt> sizes(n);
-  for (int64_t i = 0; i < n; ++i) {
-    sizes[i] = order[i] == n - 1 ? last : q.sym_size(order[i]);
-    inverse[order[i]] = i;
+  if (last == q.sym_size(-1)) {
+    Tensor out = at::empty_like(q);
+    if (last == 1 || out.sym_stride(-1) == 1) return out;  // else q's own last dimension is not contiguous
   }
-  return at::empty_symint(sizes, q.options()).permute(inverse);
+  const int64_t n = q.dim();
+  std::vector<int64_t> order(n);
+  std::iota(order.begin(), order.end(), 0);
+  const auto q_strides = q.sym_strides();
+  std::stable_sort(order.begin(), order.end() - 1, [&](int64_t a, int64_t b) { return q_strides[a] > q_strides[b]; });
+  std::vector<SymInt> sizes(q.sym_sizes().begin(), q.sym_sizes().end()), strides(n);
+  sizes.back() = last;
+  SymInt stride = 1;
+  for (int64_t i = n - 1; i >= 0; --i) {
+    strides[order[i]] = stride;
+    stride = stride * sizes[order[i]].max(1);
+  }
+  // Not empty().permute(): a view of a tensor with symbolic sizes cannot be taken inside a Meta kernel.
+  return at::empty_strided_symint(sizes, strides, q.options());
 }
 
 }  // namespace
@@ -138,8 +155,8 @@ Tensor empty_in_layout_of(const Tensor& q, const SymInt& last) {
 std::tuple<Tensor, Tensor> allocate_forward(const Tensor& q, const Tensor& v) {
   const auto sizes = q.sym_sizes();
   const auto stats = q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return {empty_in_layout_of(q, v.sym_size(-1)), at::empty_symint(sizes.slice(0, sizes.size() - 1),
-                                                                  q.options().dtype(stats))};
+  return {empty_in_layout_of(q, v.sym_size(-1)),
+          at::empty_symint(sizes.slice(0, sizes.size() - 1), q.options().dtype(stats))};
 }
 
 std::tuple<Tensor, Tensor, Tensor> allocate_backward(const Tensor& q, const Tensor& k, const Tensor& v) {

@@ -13,6 +13,10 @@
 
 namespace fae::ops {
 
+// Sizes that the kernels hold in 32 bits, with room for sums of two; sequences are limited by kMaxSeqlen of core/mask.h.
+constexpr int64_t kMaxHeads = (int64_t{1} << 30) - 1;
+constexpr int64_t kMaxHeadDim = int64_t{1} << 16;  // scratch grows with it
+
 // Everything of a call but its tensors. Windows count keys on either side of the diagonal, both ends included; a
 // negative one is open. Causal attention is window_right = 0.
 struct Options {
@@ -28,7 +32,7 @@ void check_backward(const at::Tensor& dout, const std::optional<at::Tensor>& dls
                     const at::Tensor& k, const at::Tensor& v, const at::Tensor& out, const at::Tensor& lse,
                     const Options& options);
 
-// out: (B, Hq, Sq, Dv) or (B, Sq, Dv), in the memory layout of q. lse: (B, Hq, Sq) or (B, Sq), contiguous, fp32 (fp64
+// out: (B, Hq, Sq, Dv) or (B, Sq, Dv), in the memory layout of q, its last dimension contiguous. lse: (B, Hq, Sq) or (B, Sq), contiguous, fp32 (fp64
 // for fp64 inputs).
 std::tuple<at::Tensor, at::Tensor> allocate_forward(const at::Tensor& q, const at::Tensor& v);
 

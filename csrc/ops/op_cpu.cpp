@@ -61,8 +61,8 @@ std::tuple<Tensor, Tensor> fwd_cpu(const Tensor& q, const Tensor& k, const Tenso
 std::tuple<Tensor, Tensor> fwd_v1_cpu(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale,
                                       int64_t window_left, int64_t window_right, bool top_left,
                                       std::optional<bool> /*deterministic*/, int64_t block_m, int64_t block_n) {
-  return forward("flash_attention_v1", 1, cpu::forward_v1, q, k, v, scale, window_left, window_right, top_left,
-                 block_m, block_n);
+  return forward("flash_attention_v1", 1, cpu::forward_v1, q, k, v, scale, window_left, window_right, top_left, block_m,
+                 block_n);
 }
 
 std::tuple<Tensor, Tensor, Tensor> bwd_cpu(const Tensor& dout_in, const std::optional<Tensor>& dlse_in,
@@ -82,7 +82,9 @@ std::tuple<Tensor, Tensor, Tensor> bwd_cpu(const Tensor& dout_in, const std::opt
                v = with_contiguous_last_dim(v_in), out = with_contiguous_last_dim(out_in),
                dout = with_contiguous_last_dim(dout_in), lse = with_contiguous_last_dim(lse_in);
   // Gradients of a tensor whose last dimension is not contiguous have the same layout; they are made dense and copied.
-  const auto dense = [](const Tensor& t) { return t.size(-1) > 1 && t.stride(-1) != 1 ? at::empty(t.sizes(), t.options()) : t; };
+  const auto dense = [](const Tensor& t) {
+    return t.size(-1) > 1 && t.stride(-1) != 1 ? at::empty(t.sizes(), t.options()) : t;
+  };
   const Tensor dq_dense = dense(dq), dk_dense = dense(dk), dv_dense = dense(dv);
   BackwardParams p;
   p.fwd = to_params(q, k, v, out, lse, scale, mask_spec(window_left, window_right, top_left));

@@ -15,7 +15,8 @@ using at::Tensor;
 #if defined(FAE_WITH_CUDA)
   TORCH_CHECK_NOT_IMPLEMENTED(false, name,
                               ": this version has no CUDA kernel for attention; supported_kernels() lists what there "
-                              "is. Move the tensors to the CPU, or call torch.nn.functional.scaled_dot_product_attention");
+                              "is. Move the tensors to the CPU, or call "
+                              "torch.nn.functional.scaled_dot_product_attention");
 #else
   TORCH_CHECK_NOT_IMPLEMENTED(false, name,
                               ": flash_attn_ext was built without CUDA. Install the CUDA toolkit (nvcc) that matches "
