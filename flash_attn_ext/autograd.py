@@ -1,15 +1,18 @@
-"""Gradients and ``vmap`` of the operators, as kernels at the dispatcher's own keys.
+"""Gradients and ``vmap``, in the two layers that PyTorch has.
 
-* Autograd: a formula for ``fwd`` and ``fwd_v1``, and one for ``bwd`` that refuses. Eager training, ``torch.compile``,
-  ``torch.export``, activation checkpointing, opcheck and ``torch.func.grad`` all go through it.
-* Batching: rules that merge the mapped axis with the batch, for ``torch.vmap`` and what is built on it (``jacrev``).
+* The operators carry their own formula, a kernel at the dispatcher's Autograd key: eager training, ``torch.compile``,
+  ``torch.export``, activation checkpointing and opcheck go through it, and so do operators that are called directly.
+* :class:`FlashAttention` is an ``autograd.Function`` with ``setup_context`` and ``vmap``, PyTorch's documented way into
+  ``torch.func``. It costs more per call, so it is used only while such a transform is active in eager code.
+
+Both call the same stateless operator ``bwd`` with the same arguments, and one rule maps them: the mapped axis is merged
+with the batch. There is no double backward and no forward mode: both raise ``NotImplementedError``.
 
 The formula is what ``torch.library.register_autograd`` would install, written out, for two reasons. Its generic wrapper
 walks the schema once per argument on every call to fill in defaults, 27 of the 41 microseconds that a differentiable
 call on a tiny problem took (torch 2.11, ten arguments). And its node has no ``setup_context``, which ``torch.func``
-refuses; a node of a single level, as here, is what the C++ operators of PyTorch have, and needs none.
-
-There is no double backward and no forward mode: both raise ``NotImplementedError``.
+refuses inside ``torch.compile``; a node of a single level, as here, is what the C++ operators of PyTorch have, and
+needs none.
 """
 
 from __future__ import annotations
@@ -141,32 +144,99 @@ _install_forward_formula("fwd", fwd)
 _install_forward_formula("fwd_v1", fwd_v1)
 _library.impl("bwd", _formula_of_bwd, "Autograd", with_keyset=True)
 
-# ---- vmap ------------------------------------------------------------------------------------------------------------
+# ---- torch.func ------------------------------------------------------------------------------------------------------
+
+
+def _merge_batches(call: Any, names: tuple[str, ...], info: Any, in_dims: tuple, args: tuple) -> tuple:
+    """The ``vmap`` rule: ``call`` with the mapped axis merged with the batch. ``names``: the tensors, which come first.
+
+    The mapped axis is in front in all results, which all have the batch in front themselves.
+    """
+    size, batch, merged = info.batch_size, 0, []
+    for name, t, dim in zip(names, args, in_dims, strict=False):
+        if t is not None:
+            # An unmapped tensor is expanded, not copied, until flatten has to.
+            t = t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+            if t.dim() == 1:  # no batch to merge with; the operator names every other misfit
+                raise ValueError(
+                    f"flash_attention: {name} has 0 dimensions under vmap; it has to be (batch, seq, dim) or "
+                    "(batch, heads, seq, dim) for each mapped entry"
+                )
+            batch = t.shape[1] if name == "q" else batch
+            t = t.flatten(0, 1)
+        merged.append(t)
+    results = call(*merged, *args[len(names) :])
+    return tuple(t.unflatten(0, (size, batch)) for t in results), (0,) * len(results)
+
+
+_FORWARD_TENSORS = ("q", "k", "v")
+_BACKWARD_TENSORS = ("dout", "dlse", "q", "k", "v", "out", "lse")
+
+
+class FlashAttention(torch.autograd.Function):
+    """``(q, k, v, scale, window_left, window_right, top_left, deterministic, block_m, block_n, version, with_lse)``
+    -> ``(out, lse)``, as ``torch.func`` wants it. ``with_lse`` False marks ``lse`` as not differentiable."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, *config: Any) -> tuple[Tensor, Tensor]:
+        *options, version, _ = config
+        return (fwd_v1 if version == 1 else fwd)(q, k, v, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        ctx.with_lse = inputs[-1]
+        if not ctx.with_lse:
+            ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs[:3], *output)
+        ctx.options = inputs[3:8]
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple:
+        q, k, v, out, lse = ctx.saved_tensors
+        # Without with_lse the engine hands a dlse of zeros over, which would only cost time.
+        grads = FlashAttentionBackward.apply(dout, dlse if ctx.with_lse else None, q, k, v, out, lse, *ctx.options)
+        return (*grads, None, None, None, None, None, None, None, None, None)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple:
+        raise NotImplementedError(_FORWARD_MODE)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        return _merge_batches(FlashAttention.apply, _FORWARD_TENSORS, info, in_dims, args)
+
+
+class FlashAttentionBackward(torch.autograd.Function):
+    """The operator ``bwd`` for ``torch.func``: mappable (``jacrev`` maps the backward), not differentiable again."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return bwd(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        raise NotImplementedError(_DOUBLE_BACKWARD)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple:
+        raise NotImplementedError(_FORWARD_MODE)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple:
+        return _merge_batches(FlashAttentionBackward.apply, _BACKWARD_TENSORS, info, in_dims, args)
 
 
 def _install_batching(op: Any, names: tuple[str, ...]) -> None:
-    """``names``: the operator's tensors, which come first. All outputs have the batch in front."""
-
     def rule(info: Any, in_dims: tuple, *args: Any) -> tuple:
-        size, batch, folded = info.batch_size, 0, []
-        for name, t, dim in zip(names, args, in_dims, strict=False):
-            if t is not None:
-                # An unmapped tensor is expanded, not copied, until flatten has to.
-                t = t.unsqueeze(0).expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
-                if t.dim() == 1:  # no batch to merge with; the operator names every other misfit
-                    raise ValueError(
-                        f"flash_attention: {name} has 0 dimensions under vmap; it has to be (batch, seq, dim) or "
-                        "(batch, heads, seq, dim) for each mapped entry"
-                    )
-                batch = t.shape[1] if name == "q" else batch
-                t = t.flatten(0, 1)
-            folded.append(t)
-        results = op(*folded, *args[len(names) :])
-        return tuple(t.unflatten(0, (size, batch)) for t in results), (0,) * len(results)
+        return _merge_batches(op, names, info, in_dims, args)
 
     torch.library.register_vmap(op, rule, lib=_library)
 
 
-_install_batching(fwd, ("q", "k", "v"))
-_install_batching(fwd_v1, ("q", "k", "v"))
-_install_batching(bwd, ("dout", "dlse", "q", "k", "v", "out", "lse"))
+_install_batching(fwd, _FORWARD_TENSORS)
+_install_batching(fwd_v1, _FORWARD_TENSORS)
+_install_batching(bwd, _BACKWARD_TENSORS)

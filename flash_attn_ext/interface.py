@@ -96,18 +96,20 @@ def _attend(
     top_left: bool,
     deterministic: bool | None,
     block_size: tuple[int, int],
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:
     device = q.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         q, k, v = _cast_for_autocast(q, k, v)
     op = autograd.fwd_v1 if version == 1 else autograd.fwd
     options = (scale, window_left, window_right, top_left, deterministic, *block_size)
-    if _is_compiling():
-        return op(q, k, v, *options)
     try:
+        if _is_compiling():
+            return op(q, k, v, *options)
+        if _is_functorch_active():
+            return autograd.FlashAttention.apply(q, k, v, *options, version, with_lse)
         if (
             (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-            or _is_functorch_active()
             or forward_ad._current_level >= 0
         ):
             return op(q, k, v, *options)
@@ -234,7 +236,7 @@ def _flash_attention_v2(
     top_left = causal_align != "bottom-right" and _top_left(function, causal_align)
     left, right = (-1, 0 if causal else -1) if window is None else _window(function, window, causal)
     block = (0, 0) if block_size is None else _block(function, block_size)
-    out, lse = _attend(2, q, k, v, scale, left, right, top_left, deterministic, block)
+    out, lse = _attend(2, q, k, v, scale, left, right, top_left, deterministic, block, return_lse)
     return (out, lse) if return_lse else out
 
 
@@ -298,7 +300,7 @@ def flash_attention_v1(
     """
     _require_tensors("flash_attention_v1", q, k, v)
     block = _block("flash_attention_v1", block_size)
-    return _attend(1, q, k, v, scale, -1, 0 if causal else -1, False, None, block)[0]
+    return _attend(1, q, k, v, scale, -1, 0 if causal else -1, False, None, block, False)[0]
 
 
 def supported_kernels() -> list[dict[str, Any]]:

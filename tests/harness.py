@@ -27,6 +27,7 @@ KERNELS = flash_attn_ext.supported_kernels()
 ORACLE_BLOCKS_FROM = 2**22  # scores of one head; larger ones go through the oracle in blocks of rows
 SMALL_ROWS = 2048  # query rows over all heads: below, the largest error of naive is a small sample
 SEED = 7  # of dropout
+UNIT = 2.0**-24  # half a unit in the last place of fp32
 
 # What a case may ask for, in the registry's words. Every kernel has scale.
 _FEATURE_OF_VARIANT = {name: name for name in ("head_dim_v", "softcap", "alibi", "mask", "bias", "dropout")}
@@ -194,6 +195,8 @@ class Expected(NamedTuple):
     naive: dict[str, Tensor]
     zero_atol: dict[str, float]  # what cancellation leaves of a gradient that is exactly zero: tolerance.py
     largest_lse: float  # in absolute value: the size of the scores
+    score_rounding: float  # of scale * <q, k> in fp32
+    cancellation: dict[str, float]  # of scale * (dP - delta) times k or q in fp32
 
 
 def _oracle_dtype(case: Case) -> torch.dtype:
@@ -212,7 +215,22 @@ def expected_forward(case: Case, device: str) -> Expected:
         ref = naive(upcast=True)
     else:
         ref = oracle_in_blocks(x.q, x.k, x.v, **_geometry(case), dtype=_oracle_dtype(case))
-    return Expected(ref, ref if case.dtype == "float64" else naive(), {}, _largest_lse(case, x))
+    naive_results = ref if case.dtype == "float64" else naive()
+    return Expected(ref, naive_results, {}, _largest_lse(case, x), abs(_scale(case)) * _dot_rounding(x.q, x.k), {})
+
+
+def _longest(t: Tensor) -> float:
+    """The largest norm of a row."""
+    return float(torch.linalg.vector_norm(t.detach().double(), dim=-1).max()) if t.numel() else 0.0
+
+
+def _dot_rounding(a: Tensor, b: Tensor) -> float:
+    """The size of the error of <a_i, b_j> in fp32, by the random walk of D roundings at the size of |a| |b|."""
+    return UNIT * a.shape[-1] ** 0.5 * _longest(a) * _longest(b)
+
+
+def _scale(case: Case) -> float:
+    return case.head_dim**-0.5 if case.scale is None else case.scale
 
 
 def _largest_lse(case: Case, x: Inputs) -> float:
@@ -248,13 +266,20 @@ def expected_backward(case: Case, device: str, with_lse: bool = True) -> Expecte
     else:
         dlse = x.dlse if with_lse else None
         ref = oracle_in_blocks(x.q, x.k, x.v, x.dout, dlse, **_geometry(case), dtype=_oracle_dtype(case))
-    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    scale = _scale(case)
     rows = case.seqlen_q * (case.heads // case.heads_kv)
     zero_atol = {
         "dq": cancellation_atol(x.v, x.dout, x.k, scale=scale),
         "dk": cancellation_atol(x.v, x.dout, x.q, scale=scale, rows=rows),
     }
-    return Expected(ref, ref if case.dtype == "float64" else naive(), zero_atol, _largest_lse(case, x))
+    difference = abs(scale) * _dot_rounding(x.dout, x.v)
+    cancellation = {
+        "dq": difference * (float(x.k.detach().abs().max()) if x.k.numel() else 0.0),
+        "dk": difference * (float(x.q.detach().abs().max()) if x.q.numel() else 0.0) * max(rows, 1) ** 0.5,
+    }
+    naive_results = ref if case.dtype == "float64" else naive()
+    score_rounding = abs(scale) * _dot_rounding(x.q, x.k)
+    return Expected(ref, naive_results, zero_atol, _largest_lse(case, x), score_rounding, cancellation)
 
 
 def _upcast_leaves_backward(case: Case, x: Inputs, with_lse: bool) -> dict[str, Tensor]:
@@ -271,17 +296,20 @@ def few_roundings(expected: Expected, name: str, case: Case) -> float:
     """An a-priori bound for problems too small for plain PyTorch to be a yardstick; 0 for all others.
 
     The rule measures naive's rounding error by its maximum. Over a handful of rows that is luck, and where naive is
-    exact (one key, scale 0) the rule leaves nothing for a logarithm. An engine that keeps scores in base 2 rounds
-    scale * log2(e), its product with the score, the running maximum and maximum * ln(2): four roundings in fp32 at the
-    size of a score, of which lse is the measure. Relative to P that is the same number, and so it is to out. In a
-    gradient P appears once and the difference dP - delta, which is rounded again, once: twice as much.
+    exact (one key, scale 0) the rule leaves nothing for a logarithm. An engine that keeps scores in base 2 rounds the
+    score itself (expected.score_rounding: a sum of D products), scale * log2(e), its product with the score, the
+    running maximum and maximum * ln(2): four more roundings in fp32 at the size of a score, of which lse is the
+    measure. Relative to P that is the same number, and so it is to out. In a gradient P appears once and the
+    difference dP - delta, which is rounded again, once: twice as much, and in dq and dk what the cancellation of two
+    sums of Dv products leaves (expected.cancellation).
     """
     if case.batch * case.heads * case.seqlen_q >= SMALL_ROWS or case.dtype == "float64":
         return 0.0
-    roundings = 4 * 2.0**-24 * max(1.0, expected.largest_lse)
+    roundings = 4 * UNIT * max(1.0, expected.largest_lse) + expected.score_rounding
     if name == "lse":
         return roundings
-    return (1 if name == "out" else 2) * roundings * float(expected.ref[name].abs().max())
+    size = float(expected.ref[name].abs().max())
+    return roundings * size if name == "out" else 2 * roundings * size + expected.cancellation.get(name, 0.0)
 
 
 def compare(ours: Mapping[str, Tensor], expected: Expected, case: Case) -> None:
