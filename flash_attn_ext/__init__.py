@@ -1,7 +1,7 @@
 """Exact attention without the S x S matrix: FlashAttention v1 and v2 as PyTorch operators.
 
-    from flash_attn_ext import flash_attention
-    out = flash_attention(q, k, v, causal=True)      # (B, H, S, D)
+from flash_attn_ext import flash_attention
+out = flash_attention(q, k, v, causal=True)      # (B, H, S, D)
 """
 
 from ._version import __version__

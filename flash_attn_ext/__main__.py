@@ -55,9 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     chosen = next((word for word in argv if not word.startswith("-")), None)
-    args = _parser(chosen).parse_args(argv)
+    parser = _parser(chosen)
+    args = parser.parse_args(argv)
     try:
         return args.run(args)
+    except argparse.ArgumentTypeError as error:  # options that do not go together
+        parser.error(str(error))
     except BrokenPipeError:  # `... | head`
         sys.stderr.close()
         return 0

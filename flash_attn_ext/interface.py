@@ -109,9 +109,8 @@ def _attend(
         if _is_functorch_active():
             return autograd.FlashAttention.apply(q, k, v, *options, version, with_lse)
         if (
-            (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
-            or forward_ad._current_level >= 0
-        ):
+            torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        ) or forward_ad._current_level >= 0:
             return op(q, k, v, *options)
         with torch._C._AutoDispatchBelowAutograd():  # nothing to record: 4 of 9 microseconds saved
             return op(q, k, v, *options)

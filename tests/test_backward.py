@@ -53,7 +53,9 @@ def grads_of(case, device, loss, attention=None):
     leaves = x.leaves
     torch.manual_seed(harness.SEED)
     out, lse = (attention or flash_attention)(x.q, x.k, x.v, **x.kwargs, return_lse=True)
-    return dict(zip(leaves, torch.autograd.grad(loss(out, lse), list(leaves.values()), materialize_grads=True), strict=True))
+    return dict(
+        zip(leaves, torch.autograd.grad(loss(out, lse), list(leaves.values()), materialize_grads=True), strict=True)
+    )
 
 
 LOSSES = {
@@ -97,7 +99,9 @@ def test_foreign_out_and_lse(device, case, with_dlse):
         offsets = (None, None)
     halves = []
     for (start, stop), offset in zip(((0, middle), (middle, case.seqlen_k)), offsets, strict=True):
-        window = (-1, -1) if offset is None else (left - offset if left >= 0 else -1, right + offset if right >= 0 else -1)
+        window = (
+            (-1, -1) if offset is None else (left - offset if left >= 0 else -1, right + offset if right >= 0 else -1)
+        )
         if offset is not None and (left >= 0 and left - offset < 0 or right >= 0 and right + offset < 0):
             pytest.skip("this diagonal is outside what a window can say for one half")
         halves.append((x.k[:, :, start:stop], x.v[:, :, start:stop], case.scale, *window, offset is not None))
@@ -106,9 +110,7 @@ def test_foreign_out_and_lse(device, case, with_dlse):
     weights = [(part[1] - lse).exp().masked_fill(part[1].isneginf(), 0.0)[..., None] for part in parts]
     out = sum(w * part[0].to(w.dtype) for w, part in zip(weights, parts, strict=True)).to(x.q.dtype)
     dlse = x.dlse if with_dlse else None
-    grads = [
-        harness.ops.bwd(x.dout, dlse, x.q, *half[:2], out, lse, *half[2:]) for half in halves
-    ]
+    grads = [harness.ops.bwd(x.dout, dlse, x.q, *half[:2], out, lse, *half[2:]) for half in halves]
     expected = harness.expected_backward(case, device, with_dlse)
     ours = {
         "dq": grads[0][0].to(lse.dtype) + grads[1][0].to(lse.dtype),  # 16-bit gradients are rounded once more

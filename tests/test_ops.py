@@ -83,7 +83,13 @@ def test_layouts_are_what_they_say() -> None:
 
 
 def qkv(
-    layout: str = "contiguous", *, hk: int = 2, sq: int = 6, sk: int = 7, dv: int = 8, dtype: torch.dtype = torch.float32
+    layout: str = "contiguous",
+    *,
+    hk: int = 2,
+    sq: int = 6,
+    sk: int = 7,
+    dv: int = 8,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor]:
     make = LAYOUTS[layout]
     shapes = ((2, 4, sq, 8), (2, hk, sk, 8), (2, hk, sk, dv))
@@ -152,9 +158,7 @@ def test_opcheck_backward_that_requires_grad() -> None:
     # Everything but the AOT test, which would differentiate the gradient; and that one fails with our sentence.
     dout, dlse, q, *rest = _backward_args(True)
     args = (dout, dlse, q.requires_grad_(), *rest)
-    _opcheck(
-        ops.bwd.default, args, {}, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
-    )
+    _opcheck(ops.bwd.default, args, {}, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
     with pytest.raises(Exception, match="double backward is not implemented"):
         _opcheck(ops.bwd.default, args, {}, test_utils="test_aot_dispatch_dynamic")
 
@@ -195,7 +199,7 @@ def layout_cases() -> Iterator[Any]:
 
 @pytest.mark.parametrize("name", PUBLIC)
 @pytest.mark.parametrize("three_d", [False, True], ids=["4d", "3d"])
-@pytest.mark.parametrize("layout, dv", layout_cases())
+@pytest.mark.parametrize("layout, dv", list(layout_cases()))
 def test_fake_equals_real(name: str, layout: str, dv: int, three_d: bool) -> None:
     if name == "naive_attention" and layout in ("expanded_heads", "overlapping"):
         pytest.skip("naive_attention is made of PyTorch's operators: their fakes are PyTorch's matter")
@@ -210,7 +214,7 @@ def test_fake_equals_real(name: str, layout: str, dv: int, three_d: bool) -> Non
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("layout, dv", layout_cases())
+@pytest.mark.parametrize("layout, dv", list(layout_cases()))
 def test_fake_backward_equals_real(layout: str, dv: int, dtype: torch.dtype) -> None:
     q, k, v = qkv(layout, dv=dv, dtype=dtype)
     out, lse = ops.fwd(q, k, v)

@@ -157,11 +157,7 @@ def as_text(said: dict[str, Any]) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the answer. 0: the call runs; 1: no kernel runs it; 2: options that contradict each other."""
-    try:
-        said = answer(args)
-    except argparse.ArgumentTypeError as error:
-        print(f"explain: {error}")
-        return 2
+    """Print the answer. 0: the call runs; 1: no kernel runs it."""
+    said = answer(args)
     print(json.dumps(said, indent=2) if args.json else as_text(said))
     return 0 if said["runs"] else 1
