@@ -1,12 +1,12 @@
-"""Devices. ``-m gpu`` runs the CUDA half of every parametrised test; without a GPU that half is skipped, with a reason."""
+"""Devices. ``-m gpu`` runs the CUDA half of every parametrised test; without a GPU it is skipped, with a reason."""
 
 from __future__ import annotations
 
+import harness
 import pytest
 import torch
 
 import flash_attn_ext
-import harness
 
 
 def _why_no_gpu() -> str | None:

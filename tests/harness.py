@@ -11,15 +11,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cases
 import pytest
 import torch
+from cases import Case
+from tolerance import assert_close_to_oracle, cancellation_atol, oracle_in_blocks
 from torch import Tensor
 
-import cases
 import flash_attn_ext
-from cases import Case
 from flash_attn_ext import flash_attention, flash_attention_v1, naive_attention
-from tolerance import assert_close_to_oracle, cancellation_atol, oracle_in_blocks
 
 TESTS = Path(__file__).resolve().parent
 ops = torch.ops.flash_attn_ext
@@ -209,7 +209,8 @@ def expected_forward(case: Case, device: str) -> Expected:
 
     def naive(**upcast: bool) -> dict[str, Tensor]:
         torch.manual_seed(SEED)
-        return dict(zip(("out", "lse"), naive_attention(x.q, x.k, x.v, **x.kwargs, return_lse=True, **upcast)))
+        out, lse = naive_attention(x.q, x.k, x.v, **x.kwargs, return_lse=True, **upcast)
+        return {"out": out, "lse": lse}
 
     if case.seqlen_q * case.seqlen_k < ORACLE_BLOCKS_FROM:
         ref = naive(upcast=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-
 import cases
 import harness
+import pytest
+import torch
 from cases import Case
-from flash_attn_ext import flash_attention, flash_attention_v1, naive_attention
+
+from flash_attn_ext import flash_attention, naive_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -102,7 +102,7 @@ def test_foreign_out_and_lse(device, case, with_dlse):
         window = (
             (-1, -1) if offset is None else (left - offset if left >= 0 else -1, right + offset if right >= 0 else -1)
         )
-        if offset is not None and (left >= 0 and left - offset < 0 or right >= 0 and right + offset < 0):
+        if offset is not None and ((left >= 0 and left - offset < 0) or (right >= 0 and right + offset < 0)):
             pytest.skip("this diagonal is outside what a window can say for one half")
         halves.append((x.k[:, :, start:stop], x.v[:, :, start:stop], case.scale, *window, offset is not None))
     parts = [harness.ops.fwd(x.q, *half) for half in halves]

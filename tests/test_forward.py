@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 
-import pytest
-import torch
-from torch.profiler import ProfilerActivity, profile
-
 import cases
 import harness
+import pytest
+import torch
 from cases import Case
+from torch.profiler import ProfilerActivity, profile
+
 from flash_attn_ext import flash_attention, flash_attention_v1, flash_attention_v2
 
 pytestmark = pytest.mark.usefixtures("poisoned")

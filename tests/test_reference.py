@@ -6,12 +6,12 @@ import dataclasses
 import itertools
 import math
 
+import cases
 import pytest
+import tolerance
 import torch
 import torch.nn.functional as F
 
-import cases
-import tolerance
 from flash_attn_ext.reference import (
     draw_philox_state,
     dropout_keep_mask,

@@ -353,9 +353,11 @@ def test_autocast() -> None:
         ours, torchs = (with_gradients(f, mixed) for f in (scaled_dot_product_attention, TORCHS))
         assert ran_ours(lambda: scaled_dot_product_attention(*mixed))
         assert scaled_dot_product_attention(*doubles).dtype == TORCHS(*doubles).dtype == torch.float64
-        with pytest.warns(FlashAttentionFallback, match="autocast"):
-            with pytest.raises(RuntimeError, match="same dtype"):
-                scaled_dot_product_attention(mixed[0], doubles[1], mixed[2])
+        with (
+            pytest.warns(FlashAttentionFallback, match="autocast"),
+            pytest.raises(RuntimeError, match="same dtype"),
+        ):
+            scaled_dot_product_attention(mixed[0], doubles[1], mixed[2])
     assert ours[0].dtype == torch.bfloat16
     for a, b in zip(ours, torchs, strict=True):
         assert a.dtype == b.dtype
