@@ -29,8 +29,11 @@ struct softmax {
   // The factor that turns the accumulated O into the output. An empty row gives 0, not NaN.
   FAE_HD static T inverse_sum(T l_i) { return l_i == T(0) ? T(0) : T(1) / l_i; }
 
-  // logsumexp of the scaled scores in natural log; -inf for an empty row.
-  FAE_HD static T lse(T m_i, T l_i) { return l_i == T(0) ? neg_inf() : m_i * T(kLn2) + log_of(l_i); }
+  // logsumexp of the scaled scores in natural log; -inf for an empty row, +inf where a score is (its l is NaN).
+  FAE_HD static T lse(T m_i, T l_i) {
+    if (l_i == T(0)) return neg_inf();
+    return m_i == -neg_inf() ? m_i : m_i * T(kLn2) + log_of(l_i);
+  }
 
   // Backward recomputes P = exp2(t - lse_base2(lse)). An empty row gets +inf there, hence P = 0 and no NaN.
   FAE_HD static T lse_base2(T lse) { return lse == neg_inf() ? std::numeric_limits<T>::infinity() : lse * T(kLog2E); }

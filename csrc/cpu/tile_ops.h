@@ -32,7 +32,7 @@ struct TileOps {
   // outside visible[r] (relative to the tile), raises m, updates l, writes p = exp2(scale_log2 * s - m) and the factor
   // alpha[r] that older accumulations have to be multiplied with. p may alias s when Op is Acc. Returns whether any
   // alpha differs from 1. cols is a multiple of kColumnStep.
-  bool (*softmax_step)(const Acc* s, int ld_s, int rows, int cols, const Range* visible, Acc scale_log2, Acc* m, Acc* l,
+  bool (*softmax_step)(Acc* s, int ld_s, int rows, int cols, const Range* visible, Acc scale_log2, Acc* m, Acc* l,
                        Acc* alpha, Op* p, int ld_p);
 
   // Backward, on transposed tiles: row r is key r, column c is query c. p = exp2(scale_log2 * s - lse2[c]) inside

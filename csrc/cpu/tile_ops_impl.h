@@ -365,15 +365,19 @@ FAE_INLINE typename Simd<Acc>::ivec lanes_between(int first, int last) {
   return (lane >= first) & (lane < last);
 }
 
+// From here on half a unit in the last place of a score is 1 or more.
+template <typename Acc>
+constexpr Acc kFusedLimit = sizeof(Acc) == 8 ? Acc(0x1p53) : Acc(0x1p24);
+
 template <typename In, typename Op, typename Acc>
-bool softmax_step(const Acc* s, int ld_s, int rows, int cols, const Range* visible, Acc scale_log2, Acc* m, Acc* l,
+bool softmax_step(Acc* s, int ld_s, int rows, int cols, const Range* visible, Acc scale_log2, Acc* m, Acc* l,
                   Acc* alpha, Op* p, int ld_p) {
   using vec = typename Simd<Acc>::vec;
   constexpr int kLanes = Simd<Acc>::kLanes;
   const Acc neg_inf = -__builtin_inf();
   bool any_rescale = false;
   for (int r = 0; r < rows; ++r) {
-    const Acc* s_row = s + int64_t{r} * ld_s;
+    Acc* s_row = s + int64_t{r} * ld_s;
     Op* p_row = p + int64_t{r} * ld_p;
     const int first = visible[r].begin, last = visible[r].end;
     if (first >= last) {
@@ -407,10 +411,18 @@ bool softmax_step(const Acc* s, int ld_s, int rows, int cols, const Range* visib
     const Acc subtract = fae::softmax<Acc>::subtracted_max(m_new);
     const Acc factor = m_old == m_new ? Acc(1) : fae::softmax<Acc>::rescale(m_old, m_new);
 
+    // m is a rounded product, the exponent below a fused one: they part by half a unit in the last place, which from
+    // these scores on is enough to overflow. Such a row rounds its products first.
+    Acc row_scale = scale_log2;
+    if (subtract >= kFusedLimit<Acc> || subtract <= -kFusedLimit<Acc>) {
+      for (int col = begin; col < end; col += kLanes) store(s_row + col, load<vec>(s_row + col) * scale_log2);
+      row_scale = Acc(1);
+    }
+
     // sum0 and sum1 take alternate vectors, counted from column 0, so the order of summation does not depend on first.
     vec sum0 = vec{}, sum1 = vec{};
     auto exponent = [&](int col) FAE_LAMBDA {
-      return exp2_vec<exp2_degree<Op>>(load<vec>(s_row + col) * scale_log2 - subtract);
+      return exp2_vec<exp2_degree<Op>>(load<vec>(s_row + col) * row_scale - subtract);
     };
     auto partial_exp = [&](int col) FAE_LAMBDA {
       const vec e = lanes_between<Acc>(first - col, last - col) ? exponent(col) : vec{};
