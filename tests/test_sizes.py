@@ -17,7 +17,7 @@ import torch
 from cases import Case
 from torch import Tensor
 
-from flash_attn_ext import flash_attention, flash_attention_v1, naive_attention, supported_kernels
+from flash_attn_ext import flash_attention, flash_attention_v1, naive_attention
 from flash_attn_ext._binary import _C
 
 pytestmark = pytest.mark.usefixtures("poisoned", "one_thread")

@@ -421,9 +421,8 @@ bool softmax_step(Acc* s, int ld_s, int rows, int cols, const Range* visible, Ac
 
     // sum0 and sum1 take alternate vectors, counted from column 0, so the order of summation does not depend on first.
     vec sum0 = vec{}, sum1 = vec{};
-    auto exponent = [&](int col) FAE_LAMBDA {
-      return exp2_vec<exp2_degree<Op>>(load<vec>(s_row + col) * row_scale - subtract);
-    };
+    auto exponent = [&](int col)
+                        FAE_LAMBDA { return exp2_vec<exp2_degree<Op>>(load<vec>(s_row + col) * row_scale - subtract); };
     auto partial_exp = [&](int col) FAE_LAMBDA {
       const vec e = lanes_between<Acc>(first - col, last - col) ? exponent(col) : vec{};
       if (col / kLanes % 2) {
