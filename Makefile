@@ -17,7 +17,7 @@ export FLASH_ATTN_EXT_BUILD_DIR := $(CURDIR)/build/objects
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint format sanitize bench build-times doctor clean
+.PHONY: help build demo test lint format sanitize planted-faults bench build-times doctor clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -56,6 +56,9 @@ format: $(STATE)/packages ## let ruff and clang-format rewrite the sources
 
 sanitize: build ## AddressSanitizer and UBSan over the CPU engine
 	@PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/sanitize.sh
+
+planted-faults: build ## small faults planted into a copy of the engine: the suite has to catch each
+	@$(PY) tests/planted_faults.py $(ARGS)
 
 bench: build ## ours beside PyTorch's CPU attention (ARGS="--grid cpu-quick" and others)
 	@$(PY) -m flash_attn_ext bench $(ARGS)

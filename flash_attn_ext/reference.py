@@ -153,7 +153,7 @@ def _fail(error: type[Exception], message: str) -> NoReturn:
 def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, torch.Tensor):
-            _fail(TypeError, f"{name} must be a torch.Tensor, got {type(x).__name__}")
+            _fail(TypeError, f"{name} is {type(x).__name__}; it has to be a torch.Tensor")
     if q.dtype not in _UPCAST or not q.dtype == k.dtype == v.dtype:
         dtypes = f"got q {q.dtype}, k {k.dtype}, v {v.dtype}: convert with .to(dtype)"
         _fail(TypeError, f"q, k and v must share one dtype out of float16, bfloat16, float32, float64, {dtypes}")
@@ -192,7 +192,7 @@ def _check_options(scale: float | None, align: str, window: Window | None, softc
 def _check_extras(q: torch.Tensor, k: torch.Tensor, extras: dict[str, torch.Tensor | None]) -> None:
     for name, x in ((name, x) for name, x in extras.items() if x is not None):
         if not isinstance(x, torch.Tensor):
-            _fail(TypeError, f"{name} must be a torch.Tensor or None, got {type(x).__name__}")
+            _fail(TypeError, f"{name} is {type(x).__name__}; it has to be a torch.Tensor or None")
         if x.device != q.device:
             _fail(ValueError, f"{name} is on {x.device}, q on {q.device}: move it with .to({str(q.device)!r})")
         if name == "mask" and x.dtype != torch.bool:

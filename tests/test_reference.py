@@ -394,7 +394,7 @@ def test_dropout_state_on_cuda():
         (dict(q=torch.zeros(1, 4, 5, 3)), ValueError, "k has batch 2, q has 1"),
         (dict(q=torch.zeros(2, 4, 5, 8)), ValueError, "k has head dimension 3, q has 8"),
         (dict(v=torch.zeros(2, 2, 6, 3)), ValueError, "k and v must agree"),
-        (dict(q=[1.0]), TypeError, "q must be a torch.Tensor, got list"),
+        (dict(q=[1.0]), TypeError, "q is list; it has to be a torch.Tensor"),
         (dict(q=torch.zeros(2, 4, 5, 3, device="meta")), ValueError, "q is on meta, k on cpu"),
         (dict(scale=math.nan), ValueError, "scale must be finite, got nan"),
         (dict(causal_align="top_left"), ValueError, "causal_align.*'top_left'"),
@@ -414,7 +414,7 @@ def test_dropout_state_on_cuda():
             "bias must be floating point, got torch.bool.*mask=",
         ),
         (dict(bias=torch.zeros(1, 2, 4, 5, 7)), ValueError, r"bias \(1, 2, 4, 5, 7\) does not broadcast"),
-        (dict(bias=3.0), TypeError, "bias must be a torch.Tensor or None, got float"),
+        (dict(bias=3.0), TypeError, "bias is float; it has to be a torch.Tensor or None"),
         (dict(alibi_slopes=torch.zeros(2)), ValueError, r"alibi_slopes must be \(4,\) or \(2, 4\), got \(2,\)"),
     ],
 )

@@ -360,7 +360,10 @@ void run(const BackwardParams& bp, const BackwardPlan& plan, char* workspace) {
 
 BackwardPlan plan_backward(const Sizes& sizes, DType dtype, int threads) {
   const BackwardTile& tile = tile_for(kBackwardTiles, sizes);
-  const Grid grid(sizes, tile.chunk);
+  // A square is computed and padded whole: a problem that is smaller than one gets a smaller one.
+  const int64_t longest = std::max<int64_t>({sizes.seqlen_q, sizes.seqlen_k, 1});
+  const int chunk = static_cast<int>(std::min<int64_t>(tile.chunk, round_up(longest, tile.tile_n)));
+  const Grid grid(sizes, chunk);
   return visit_types(dtype, [&](auto types) {
     using T = decltype(types);
     const Layout<T> layout(sizes, grid, tile.tile_n);
@@ -368,7 +371,7 @@ BackwardPlan plan_backward(const Sizes& sizes, DType dtype, int threads) {
     plan.tile_name = tile.name;
     plan.why = tile.why;
     plan.operand = T::kOperandName;
-    plan.chunk = tile.chunk;
+    plan.chunk = chunk;
     plan.tile_n = tile.tile_n;
     // One thread per head needs no barrier between steps, but only where the heads divide evenly enough.
     plan.heads_in_parallel = threads == 1 || grid.units >= 4 * int64_t{threads} || grid.units % threads == 0;

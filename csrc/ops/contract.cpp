@@ -29,8 +29,6 @@ std::ostream& operator<<(std::ostream& os, const Shape& s) {
   return os << (sizes.size() == 1 ? ",)" : ")");
 }
 
-SymInt heads_of(const Tensor& t) { return t.dim() == 4 ? t.sym_size(1) : SymInt(1); }
-
 bool same_shape(const Tensor& a, c10::SymIntArrayRef sizes) {
   return a.dim() == static_cast<int64_t>(sizes.size()) && std::equal(sizes.begin(), sizes.end(), a.sym_sizes().begin());
 }
