@@ -17,7 +17,7 @@ export FLASH_ATTN_EXT_BUILD_DIR := $(CURDIR)/build/objects
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint format sanitize planted-faults bench build-times doctor clean
+.PHONY: help build demo test gpu-check gpu-sanitize lint format sanitize planted-faults bench build-times doctor clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -47,6 +47,14 @@ demo: build ## train a small GPT on real text with naive attention and with ours
 
 test: build ## the test suite (ARGS="-k name" selects)
 	@$(PY) -m pytest $(ARGS)
+
+gpu-check: build ## the GPU tests, then the benchmarks; their records go to benchmarks/results/
+	@$(PY) -m pytest -m gpu $(ARGS)
+	@$(PY) -m flash_attn_ext bench --device cuda --grid h100 --directions fwd,bwd --out benchmarks/results
+	@$(PY) -m flash_attn_ext bench --device cuda --grid origin --out benchmarks/results
+
+gpu-sanitize: build ## compute-sanitizer over every CUDA kernel
+	@bash tools/compute_sanitizer.sh $(ARGS)
 
 lint: $(STATE)/packages ## ruff, clang-format, include rules
 	@PATH="$(abspath $(VENV))/bin:$$PATH" sh tools/lint.sh

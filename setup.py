@@ -8,7 +8,8 @@ Environment
     TORCH_CUDA_ARCH_LIST           default 8.0+PTX;9.0a. No GPU is needed to build.
     MAX_JOBS                       parallel compilations; default by cores and free memory.
     FLASH_ATTN_EXT_BUILD_DIR       keeps object files there, so that the next build compiles only what changed.
-    FLASH_ATTN_EXT_DEBUG=1         -O1 with symbols.  FLASH_ATTN_EXT_SANITIZE=address,undefined adds sanitizers.
+    FLASH_ATTN_EXT_DEBUG=1         -O1 with symbols; CUDA code stays -O3 and gets line numbers, for profilers.
+    FLASH_ATTN_EXT_SANITIZE        address,undefined or others: adds sanitizers.
 """
 
 from __future__ import annotations
@@ -109,13 +110,22 @@ if debug or sanitize:
 if sanitize:
     cxx_flags.append(f"-fsanitize={sanitize}")
     link_flags.append(f"-fsanitize={sanitize}")
-nvcc_flags = ["-O3", "-lineinfo", "--threads", "2", "-Xcompiler", "-fvisibility=hidden"]
+nvcc_flags = ["-O3", "--threads", "2", "-Xcompiler", "-fvisibility=hidden"]
+if debug:
+    nvcc_flags.append("-lineinfo")  # four times the size of the library
 cuda_macros = [("FAE_WITH_CUDA", "1")] if with_cuda else []
 
-sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cpp") if p.name != "bindings.cpp")
-if with_cuda:
-    sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu"))
-headers = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.h*"))
+
+def files_of_csrc(*patterns: str) -> list[str]:
+    """Of a CPU build none below csrc/cuda/, which needs the toolkit's headers."""
+    found = [path for pattern in patterns for path in (ROOT / "csrc").rglob(pattern)]
+    found = [path for path in found if with_cuda or "cuda" not in path.relative_to(ROOT / "csrc").parts]
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+# CUDA first: those files take longest, and a parallel build should not end on one of them.
+sources = files_of_csrc("*.cu") + [name for name in files_of_csrc("*.cpp") if not name.endswith("bindings.cpp")]
+headers = files_of_csrc("*.h", "*.cuh")
 
 make_extension = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
 ops = make_extension(
@@ -131,7 +141,11 @@ introspection = Extension(
     "flash_attn_ext._C",
     ["csrc/bindings.cpp"],
     depends=headers,
-    include_dirs=[str(Path(torch.__file__).parent / "include")],  # pybind11 as torch bundles it
+    # pybind11 as torch bundles it; the registry's header names types of the CUDA runtime, none of its functions.
+    include_dirs=[
+        str(Path(torch.__file__).parent / "include"),
+        *([str(Path(cpp_extension.CUDA_HOME) / "include")] if with_cuda else []),
+    ],
     define_macros=[*cuda_macros, ("FAE_TORCH_VERSION", torch.__version__), ("FAE_CUDA_ARCHS", archs.replace(";", ","))],
     extra_compile_args=["-O1", "-g0", "-fvisibility=hidden"],
     extra_link_args=["-Wl,-rpath,$ORIGIN"],

@@ -15,6 +15,7 @@
 #include "cpu/gemm.h"
 #if defined(FAE_WITH_CUDA)
 #include "cuda/core_check.h"
+#include "cuda/registry.h"
 #endif
 
 #define FAE_STRING_(...) #__VA_ARGS__
@@ -55,7 +56,36 @@ py::dict build_info() {
   return d;
 }
 
+// What every engine has, in the words of supported_kernels().
+std::vector<std::string> features() {
+  return {"causal", "causal_align", "window", "gqa", "lse", "dlse", "strides", "head_dim_v", "deterministic"};
+}
+
+py::dict tile_row(const char* name, py::object head_dim_max, int rows, int keys, const char* why) {
+  py::dict d;
+  d["name"] = name;
+  d["head_dim_max"] = head_dim_max;
+  d["tile"] = std::vector<int>{rows, keys};
+  d["why"] = why;
+  return d;
+}
+
+py::object cpu_head_dim_max(int largest) {
+  constexpr int kAny = 1 << 30;
+  return largest == kAny ? py::object(py::none()) : py::object(py::int_(largest));
+}
+
 py::dict cpu_kernel(const char* pass, int version, const Named& dtype, const char* operand) {
+  py::list tiles;
+  const auto add = [&](const auto& t, int rows, int keys) {
+    tiles.append(tile_row(t.name, cpu_head_dim_max(t.max_head_dim), rows, keys, t.why));
+  };
+  if (std::string(pass) == "bwd")
+    for (const auto& t : fae::cpu::kBackwardTiles) add(t, t.chunk, t.tile_n);
+  else if (version == 1)
+    add(fae::cpu::kForwardV1Tile, fae::cpu::kForwardV1Tile.tile_m, fae::cpu::kForwardV1Tile.tile_n);
+  else
+    for (const auto& t : fae::cpu::kForwardTiles) add(t, t.tile_m, t.tile_n);
   py::dict d;
   d["device"] = "cpu";
   d["arch"] = fae::cpu::tile_isa();
@@ -64,10 +94,63 @@ py::dict cpu_kernel(const char* pass, int version, const Named& dtype, const cha
   d["dtype"] = dtype.name;
   d["operand"] = operand;
   d["head_dim_max"] = py::none();  // any
-  d["features"] = std::vector<std::string>{"causal", "causal_align", "window",     "gqa",          "lse",
-                                           "dlse",   "strides",      "head_dim_v", "deterministic"};
+  d["features"] = features();
+  d["tiles"] = tiles;
   return d;
 }
+
+#if defined(FAE_WITH_CUDA)
+
+std::string arch_of(const fae::cuda::KernelEntry& e) { return "sm" + std::to_string(e.arch); }
+const char* pass_of(const fae::cuda::KernelEntry& e) { return e.pass == fae::cuda::Pass::kForward ? "fwd" : "bwd"; }
+const char* dtype_name(fae::DType t) { return kDTypes[static_cast<int>(t)].name; }
+
+// float32 takes fp32 operands, or one TF32 product where the caller's precision allows it.
+const char* cuda_operand(fae::DType t, bool fp32_exact) {
+  return t == fae::DType::kFloat16 ? "fp16" : t == fae::DType::kBFloat16 ? "bf16" : fp32_exact ? "fp32" : "tf32";
+}
+
+void add_launch(py::dict& d, const fae::cuda::KernelEntry& e) {
+  d["threads"] = e.tile.threads;
+  d["stages"] = e.tile.stages;
+  d["shared_bytes"] = e.tile.shared_bytes;
+}
+
+// One row for each arch, pass, version and dtype; its entries stand under "tiles" in the order of preference.
+void append_cuda_kernels(py::list& rows) {
+  int count;
+  const fae::cuda::KernelEntry* all = fae::cuda::entries(&count);
+  const auto same = [](const fae::cuda::KernelEntry& a, const fae::cuda::KernelEntry& b) {
+    return a.arch == b.arch && a.pass == b.pass && a.version == b.version && a.dtype == b.dtype;
+  };
+  for (int i = 0; i < count; ++i) {
+    if (std::any_of(all, all + i, [&](const auto& e) { return same(e, all[i]); })) continue;
+    py::list tiles;
+    int largest = 0;
+    for (int j = i; j < count; ++j) {
+      const fae::cuda::KernelEntry& e = all[j];
+      if (!same(e, all[i])) continue;
+      largest = std::max(largest, e.head_dim_max);
+      py::dict tile = tile_row(e.name, py::int_(e.head_dim_max), e.tile.m, e.tile.n, e.why);
+      add_launch(tile, e);
+      tile["for_short_problems"] = e.for_short_problems;
+      tiles.append(tile);
+    }
+    py::dict d;
+    d["device"] = "cuda";
+    d["arch"] = arch_of(all[i]);
+    d["pass"] = pass_of(all[i]);
+    d["version"] = all[i].version;
+    d["dtype"] = dtype_name(all[i].dtype);
+    d["operand"] = cuda_operand(all[i].dtype, true);
+    d["head_dim_max"] = largest;
+    d["features"] = features();
+    d["tiles"] = tiles;
+    rows.append(d);
+  }
+}
+
+#endif
 
 py::list supported_kernels() {
   py::list rows;
@@ -78,7 +161,15 @@ py::list supported_kernels() {
     rows.append(cpu_kernel("fwd", 2, dtype, operand));
     rows.append(cpu_kernel("bwd", 2, dtype, operand));
   }
+#if defined(FAE_WITH_CUDA)
+  append_cuda_kernels(rows);
+#endif
   return rows;
+}
+
+bool is_backward(const std::string& pass) {
+  if (pass != "fwd" && pass != "bwd") throw py::value_error("pass '" + pass + "' is neither 'fwd' nor 'bwd'");
+  return pass == "bwd";
 }
 
 py::dict plan(const std::string& pass, int version, const std::string& dtype, int64_t batch, int heads, int heads_kv,
@@ -90,7 +181,7 @@ py::dict plan(const std::string& pass, int version, const std::string& dtype, in
   d["pass"] = pass;
   d["version"] = version;
   d["dtype"] = dtype;
-  if (pass == "fwd") {
+  if (!is_backward(pass)) {
     const auto p = fae::cpu::plan_forward(version, sizes, dtype_of(dtype), block_m, block_n, threads);
     d["kernel"] = p.tile_name;
     d["tile"] = py::make_tuple(p.tile_m, p.tile_n);
@@ -100,7 +191,7 @@ py::dict plan(const std::string& pass, int version, const std::string& dtype, in
     d["operand"] = p.operand;
     d["workspace_bytes"] = p.workspace_bytes;
     d["why"] = p.why;
-  } else if (pass == "bwd") {
+  } else {
     const auto p = fae::cpu::plan_backward(sizes, dtype_of(dtype), threads);
     d["kernel"] = p.tile_name;
     d["tile"] = py::make_tuple(p.chunk, p.tile_n);
@@ -109,13 +200,62 @@ py::dict plan(const std::string& pass, int version, const std::string& dtype, in
     d["operand"] = p.operand;
     d["workspace_bytes"] = p.workspace_bytes;
     d["why"] = p.why;
-  } else {
-    throw py::value_error("pass '" + pass + "' is neither 'fwd' nor 'bwd'");
   }
   return d;
 }
 
 #if defined(FAE_WITH_CUDA)
+
+// What the choice of a kernel depends on, of a device by its index: the last three arguments of plan_cuda.
+py::dict cuda_device(int index) {
+  fae::cuda::Device device;
+  if (const int error = fae::cuda::device_facts(index, &device); error != 0)
+    throw std::runtime_error(std::string("no CUDA device ") + std::to_string(index) +
+                             " to ask: " + fae::cuda::error_text(error));
+  py::dict d;
+  d["compute_capability"] = device.compute_capability;
+  d["sm_count"] = device.sm_count;
+  d["shared_bytes"] = device.shared_bytes;
+  return d;
+}
+
+// As csrc/ops/op_cuda.cpp chooses, for any GPU, present or not. {"why_not": text} where nothing serves.
+py::dict plan_cuda(const std::string& pass, int version, const std::string& dtype, int64_t batch, int heads,
+                   int heads_kv, int seqlen_q, int seqlen_k, int head_dim, int head_dim_v, int block_m, int block_n,
+                   bool deterministic, bool fp32_exact, int compute_capability, int sm_count, int shared_bytes) {
+  using namespace fae::cuda;
+  Call call;
+  call.p.fwd.sizes = {batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v};
+  call.p.deterministic = deterministic;
+  call.device = {compute_capability, sm_count, shared_bytes};
+  call.fp32_exact = fp32_exact;
+  const Pass which = is_backward(pass) ? Pass::kBackward : Pass::kForward;
+  const KernelKey key = {which,   version, dtype_of(dtype), std::max(head_dim, head_dim_v),
+                         block_m, block_n, seqlen_q,        heads};
+  std::string why_not;
+  const KernelEntry* entry = find(key, call.device, &why_not);
+  py::dict d;
+  if (entry == nullptr) {
+    d["why_not"] = why_not;
+    return d;
+  }
+  d["device"] = "cuda";
+  d["arch"] = arch_of(*entry);
+  d["pass"] = pass;
+  d["version"] = version;
+  d["dtype"] = dtype;
+  d["kernel"] = entry->name;
+  d["tile"] = py::make_tuple(entry->tile.m, entry->tile.n);
+  add_launch(d, *entry);
+  d["operand"] = cuda_operand(entry->dtype, fp32_exact);
+  if (which == Pass::kBackward) d["deterministic"] = deterministic;
+  // Nothing is launched for an empty call.
+  const bool empty = batch == 0 || seqlen_q == 0 || seqlen_k == 0;
+  d["workspace_bytes"] = empty ? 0 : entry->workspace_bytes(call);
+  d["why"] = entry->why;
+  return d;
+}
+
 // Compares core/ on the current CUDA device with the host on `count` pseudo-random probes; returns the differences.
 std::vector<std::string> check_core_on_cuda(int count) {
   std::vector<fae::cuda::CoreProbe> probes(count);
@@ -172,6 +312,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("heads"), py::arg("heads_kv"), py::arg("seqlen_q"), py::arg("seqlen_k"), py::arg("head_dim"),
         py::arg("head_dim_v"), py::arg("block_m"), py::arg("block_n"), py::arg("threads"));
 #if defined(FAE_WITH_CUDA)
+  m.def("cuda_device", &cuda_device, py::arg("index"));
+  m.def("plan_cuda", &plan_cuda, py::kw_only(), py::arg("pass_"), py::arg("version"), py::arg("dtype"),
+        py::arg("batch"), py::arg("heads"), py::arg("heads_kv"), py::arg("seqlen_q"), py::arg("seqlen_k"),
+        py::arg("head_dim"), py::arg("head_dim_v"), py::arg("block_m"), py::arg("block_n"), py::arg("deterministic"),
+        py::arg("fp32_exact"), py::arg("compute_capability"), py::arg("sm_count"), py::arg("shared_bytes"));
   m.def("check_core_on_cuda", &check_core_on_cuda, py::arg("count") = 4096);
 #endif
 }

@@ -190,8 +190,8 @@ def flash_attention(
     softcap, alibi_slopes, mask, bias, dropout_p
         Part of the contract; no kernel has them yet, so a value other than the default raises ``NotImplementedError``.
     deterministic : bool, optional
-        Of the gradients. Default: ``torch.are_deterministic_algorithms_enabled()``. The CPU engine always is; the
-        forward is bit-reproducible everywhere.
+        Of the gradients. Default: ``torch.are_deterministic_algorithms_enabled()``. The CPU engine always is; CUDA
+        kernels pay for it. The forward is bit-reproducible everywhere.
     return_lse : bool
         Also return ``lse``.
 
@@ -262,8 +262,8 @@ def flash_attention_v2(
     Parameters
     ----------
     block_size : (int, int), optional
-        Query rows and keys of a tile: each 32, 64, 96 or 128. ``None``: the best. All others as in
-        :func:`flash_attention`.
+        Query rows and keys of a tile. On the CPU each is 32, 64, 96 or 128; on CUDA it is one of the built tiles, which
+        ``supported_kernels()`` lists. ``None``: the best. All others as in :func:`flash_attention`.
     """
     if softcap != 0.0 or dropout_p != 0.0 or alibi_slopes is not None or mask is not None or bias is not None:
         _reject_missing("flash_attention_v2", softcap, alibi_slopes, mask, bias, dropout_p)
@@ -290,7 +290,8 @@ def flash_attention_v1(
     q, k, v, scale, causal
         As in :func:`flash_attention` (causal is bottom-right).
     block_size : (int, int), optional
-        Query rows and keys of a block: each 32, 64, 96 or 128. ``None``: the best.
+        Query rows and keys of a block. On the CPU each is 32, 64, 96 or 128; on CUDA it is one of the built blocks,
+        which ``supported_kernels()`` lists. ``None``: the best.
 
     Returns
     -------
@@ -303,7 +304,11 @@ def flash_attention_v1(
 
 
 def supported_kernels() -> list[dict[str, Any]]:
-    """What this binary can run, one dict per kernel: device, arch, pass, version, dtype, operand, features."""
+    """What this binary can run: a dict for each device, arch, pass, version and dtype, with ``operand``,
+    ``head_dim_max`` (None: any), ``features`` and ``tiles``, the kernels it is made of.
+
+    ``operand`` of float32 on CUDA is ``fp32``; with ``torch.set_float32_matmul_precision`` it can become ``tf32``.
+    """
     return _C.supported_kernels()
 
 
@@ -314,6 +319,22 @@ def build_info() -> dict[str, Any]:
     """
     record = build_record()
     return {**record, "cuda_version": record.get("cuda"), **_C.build_info()}
+
+
+def _cuda_plans(device: torch.device, deterministic: bool | None, call: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Both passes on this GPU, with the global switches as they stand now; ``{"why_not": text}`` where none serves."""
+    try:
+        index = device.index
+        if index is None:  # of a fake tensor
+            index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+        gpu = _C.cuda_device(index)
+    except RuntimeError as error:
+        return {"fwd": {"why_not": str(error)}}
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    fp32_exact = torch.get_float32_matmul_precision() == "highest"
+    call = {**call, **gpu, "deterministic": deterministic, "fp32_exact": fp32_exact}
+    return {pass_: _C.plan_cuda(pass_=pass_, **call) for pass_ in ("fwd", "bwd")}
 
 
 def explain(
@@ -358,14 +379,16 @@ def explain(
         autograd.fwd(*fakes, scale, left, right, top_left, deterministic)
     except (ValueError, TypeError, NotImplementedError) as error:
         return {"runs": False, "why_not": str(error)}
-    if q.device.type != "cpu":
+    device = q.device.type
+    if device not in ("cpu", "cuda") or (device == "cuda" and not hasattr(_C, "plan_cuda")):
         return {
             "runs": False,
-            "why_not": f"flash_attention: no kernel for {q.device.type} tensors in this build; "
+            "why_not": f"flash_attention: no kernel for {device} tensors in this build; "
             "supported_kernels() lists what there is",
         }
     has_heads = q.dim() == 4
-    sizes = {
+    call = {
+        "version": 2,
         "dtype": str(q.dtype).removeprefix("torch."),
         "batch": q.shape[0],
         "heads": q.shape[1] if has_heads else 1,
@@ -376,14 +399,16 @@ def explain(
         "head_dim_v": v.shape[-1],
         "block_m": 0,
         "block_n": 0,
-        "threads": torch.get_num_threads(),
     }
+    if device == "cpu":
+        call["threads"] = torch.get_num_threads()
+        plans = {pass_: _C.plan(pass_=pass_, **call) for pass_ in ("fwd", "bwd")}
+    else:
+        plans = _cuda_plans(q.device, deterministic, call)
+        for plan in plans.values():
+            if "why_not" in plan:
+                return {"runs": False, "why_not": f"flash_attention: {plan['why_not']}"}
     copies = [
         name for name, t in (("q", q), ("k", k), ("v", v)) if t.shape[-1] > 1 and t.stride(-1) != 1 and t.numel() > 0
     ]
-    return {
-        "runs": True,
-        "fwd": _C.plan(pass_="fwd", version=2, **sizes),
-        "bwd": _C.plan(pass_="bwd", version=2, **sizes),
-        "copied_to_contiguous": copies,
-    }
+    return {"runs": True, **plans, "copied_to_contiguous": copies}

@@ -7,6 +7,7 @@ import ast
 import re
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,7 +31,8 @@ RULES: dict[str, tuple[set[str], tuple[str, ...]]] = {
     "library.cpp": (set(), ("torch/library.h",)),
     "bindings.cpp": ({"core", "cpu", "cuda"}, ("pybind11/",)),
 }
-# Below csrc/cuda/ arrows point one way too: registry -> sm80 | sm90 -> shared -> tile -> ptx.
+# Below csrc/cuda/ arrows point one way too: instances -> sm80 | sm90 -> shared -> tile -> ptx. Files of csrc/cuda/
+# itself know none of these: kernels reach the registry as rows of a table.
 CUDA_LAYERS = {"ptx": 0, "tile": 1, "shared": 2, "sm80": 3, "sm90": 3, "instances": 4}
 
 
@@ -77,6 +79,9 @@ def test_includes(path: Path) -> None:
                 up = CUDA_LAYERS[there[1]] > CUDA_LAYERS[here[1]]
                 sideways = here[1] != there[1] and CUDA_LAYERS[here[1]] == CUDA_LAYERS[there[1]]
                 assert not (up or sideways), f"{here[1]} may not include {there[1]}"
+            assert not (here[0] == "cuda" and len(here) == 2 < len(there) and there[0] == "cuda"), (
+                f"{here[1]} may not include {there[1]}"
+            )
         elif "/" in name or name.endswith(".h"):
             assert name.startswith(outside), f"{room(path)} may not include <{name}>"
 
@@ -92,6 +97,29 @@ def test_the_include_rule_finds_a_breach(tmp_path: Path, monkeypatch: pytest.Mon
         guilty.write_text(line + "\n")
         with pytest.raises(AssertionError, match="may not include"):
             test_includes(guilty)
+
+
+def test_the_include_rule_holds_below_cuda(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("test_architecture.CSRC", tmp_path)
+    for name in ("ptx/mma.cuh", "tile/copy.cuh", "sm80/config.h", "sm90/config.h", "instances/a.cu", "registry.h"):
+        (tmp_path / "cuda" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cuda" / name).touch()
+    for guilty, line in (
+        ("ptx/mma.cuh", '#include "../tile/copy.cuh"'),
+        ("sm80/config.h", '#include "../sm90/config.h"'),
+        ("sm80/config.h", '#include "../instances/a.cu"'),
+        ("registry.h", '#include "sm80/config.h"'),
+        ("tile/copy.cuh", "#include <c10/cuda/CUDAStream.h>"),
+    ):
+        path = tmp_path / "cuda" / guilty
+        path.write_text(line + "\n")
+        with pytest.raises(AssertionError, match="may not include"):
+            test_includes(path)
+        path.write_text("")
+    for good, line in (("sm80/config.h", '#include "../ptx/mma.cuh"'), ("instances/a.cu", '#include "../registry.h"')):
+        path = tmp_path / "cuda" / good
+        path.write_text(line + "\n")
+        test_includes(path)
 
 
 @of(HEADERS)
@@ -135,6 +163,27 @@ def test_each_header_of_core_and_cpu_compiles_alone() -> None:
     assert not any(errors), "\n".join(errors)
 
 
+def nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(nvcc() is None, reason="no nvcc")
+def test_each_header_of_cuda_compiles_alone() -> None:
+    """Both sides of it, down to what no template holds back: code for the GPU as PTX, for the host as an object."""
+    alone = [path for path in HEADERS if room(path) == "cuda"]
+    assert {"registry.h", "config.h", "forward_v2.cuh"} <= {path.name for path in alone}
+
+    def compile_(path: Path) -> str:
+        command = [nvcc(), "-std=c++17", "-arch=sm_80", "--expt-relaxed-constexpr", "-O0", "-x", "cu", "-c"]
+        done = subprocess.run([*command, "-o", "/dev/null", str(path)], capture_output=True, text=True, check=False)
+        return f"{path}\n{done.stderr}" if done.returncode else ""
+
+    with ThreadPoolExecutor(2) as pool:
+        errors = list(pool.map(compile_, alone))
+    assert not any(errors), "\n".join(errors)
+
+
 # ---- what stands where -----------------------------------------------------------------------------------------------
 
 
@@ -164,6 +213,40 @@ def test_engines_allocate_nothing_themselves(path: Path) -> None:
     """Memory comes from the caller, who takes it from PyTorch's allocators. The self-test of core/ is no engine."""
     calls = r"\b(?:malloc|calloc|realloc|aligned_alloc|cudaMalloc\w*|cudaFree\w*)\s*\("
     assert not re.search(rf"{calls}|\bnew\s+\w", code(path))
+
+
+TABLE = CSRC / "cuda" / "instances" / "table.py"
+
+
+def table(*words: str, script: Path = TABLE) -> tuple[int, str]:
+    done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_written_files_are_fresh() -> None:
+    """csrc/cuda/instances/ holds what table.py writes, and nothing else."""
+    status, text = table("--check")
+    assert status == 0, text + "run python csrc/cuda/instances/table.py"
+    assert all("do not edit" in path.read_text() for path in FILES if path.parent == TABLE.parent)
+
+
+def test_stale_files_are_found_and_mended(tmp_path: Path) -> None:
+    """--check changes nothing and finds a change, a file too few and one too many; writing twice is writing once."""
+    shutil.copytree(CSRC / "cuda", tmp_path / "cuda")
+    folder = tmp_path / "cuda" / "instances"
+    script, written = folder / TABLE.name, sorted(folder.glob("*.cu"))
+    whole = {path.name: path.read_text() for path in [*written, folder / "registry_rows.cpp"]}
+    written[0].write_text(written[0].read_text() + "// edited\n")
+    written[1].unlink()
+    (folder / "left_over.cu").write_text("// Written by table.py: do not edit.\n")
+    status, text = table("--check", script=script)
+    assert status == 1 and {written[0].name, written[1].name, "left_over.cu"} <= set(re.findall(r"[\w.]+\.cu", text))
+    assert (folder / "left_over.cu").exists() and not written[1].exists()
+    for _ in range(2):
+        assert table(script=script)[0] == 0
+        assert table("--check", script=script) == (0, "")
+    now = {path.name: path.read_text() for path in [*folder.glob("*.cu"), *folder.glob("*.cpp")]}
+    assert now == whole
 
 
 def test_schemas_stand_in_library_cpp_alone() -> None:

@@ -27,7 +27,7 @@ FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 # A marker may hold brackets, so these links are matched as a whole.
 MARKED = re.compile(r"\[`(?P<path>[^`]+)` at `(?P<marker>[^`]+)`\]\((?P<target>[^)\s]+)\)")
-FILE = re.compile(r"[\w.-]+(?:/[\w.-]+)*\.(?:py|pyi|cpp|h|cu|cuh|md|toml|png|sh|json|txt)")
+FILE = re.compile(r"[\w.-]+(?:/[\w.-]+)*\.(?:py|pyi|cpp|h|cuh|cu|md|toml|png|sh|json|txt)")
 FOLDER = re.compile(r"(?:[\w-]+/)+")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])

@@ -323,7 +323,7 @@ torch.testing.assert_close(out, t.naive_attention(q, q, q, causal=True))
 @pytest.mark.gpu
 def test_float64_on_cuda() -> None:
     q = torch.zeros(*Q, device="cuda", dtype=torch.float64)
-    with pytest.raises(TypeError, match=r"float64 runs on the CPU only; cast to float32 for CUDA"):
+    with pytest.raises(NotImplementedError, match=r"float64 runs on the CPU only; cast to float32 for CUDA"):
         flash_attention(q, q, q)
 
 

@@ -19,7 +19,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 MUST_HAVE = {
     "setup.py", "pyproject.toml", "README.md", "LICENSE", "CONTRIBUTING.md", "Makefile", "csrc/library.cpp",
-    "csrc/core/mask.h", "csrc/cpu/tile_ops_impl.h", "csrc/cuda/core_check.cu", "flash_attn_ext/py.typed",
+    "csrc/core/mask.h", "csrc/cpu/tile_ops_impl.h", "csrc/cuda/core_check.cu", "csrc/cuda/instances/table.py",
+    "csrc/cuda/registry.h", "examples/cpp/CMakeLists.txt", "flash_attn_ext/py.typed",
     "flash_attn_ext/_C.pyi", "flash_attn_ext/cli/doctor.py", "tests/cases.py", "tests/cpp/CMakeLists.txt",
     "examples/train_gpt.py", "benchmarks/origin_tables.py", "docs/algorithms.md", "tools/lint.sh",
 }  # fmt: skip

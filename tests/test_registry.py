@@ -26,7 +26,9 @@ from flash_attn_ext._binary import _C
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CONFIG = Path(__file__).resolve().parents[1] / "csrc" / "cpu" / "config.h"
-KEYS = {"device", "arch", "pass", "version", "dtype", "operand", "head_dim_max", "features"}
+KEYS = {"device", "arch", "pass", "version", "dtype", "operand", "head_dim_max", "features", "tiles"}
+TILE_KEYS = {"name", "head_dim_max", "tile", "why"}
+CUDA_TILE_KEYS = TILE_KEYS | {"threads", "stages", "shared_bytes", "for_short_problems"}
 BASE = Case(113, 203, 40, batch=2, heads=2, heads_kv=2)
 # What asks for each feature, and for nothing else besides.
 CASES_OF_FEATURE = {
@@ -81,6 +83,11 @@ def test_rows_are_well_formed_and_unique():
         assert row["dtype"] in DTYPES and row["operand"] in ("fp16", "bf16", "fp32", "fp64", "tf32")
         assert row["head_dim_max"] is None or row["head_dim_max"] >= 256
         assert len(set(row["features"])) == len(row["features"])
+        assert row["tiles"] and all(
+            set(tile) == (CUDA_TILE_KEYS if row["device"] == "cuda" else TILE_KEYS) for tile in row["tiles"]
+        )
+        limits = [tile["head_dim_max"] for tile in row["tiles"]]
+        assert row["head_dim_max"] == (None if None in limits else max(limits))
     rows[0]["features"].clear()  # a caller's list is the caller's
     assert supported_kernels()[0]["features"]
 
@@ -89,6 +96,14 @@ def test_the_cpu_has_every_dtype_and_pass():
     """The contract's list, so that a row cannot get lost together with its tests."""
     have = {(row["pass"], row["version"], row["dtype"]) for row in CPU_ROWS}
     assert have == {(p, version, dtype) for p, version in (("fwd", 1), ("fwd", 2), ("bwd", 2)) for dtype in DTYPES}
+
+
+@pytest.mark.parametrize("row", CPU_ROWS, ids=name_of)
+def test_tiles_are_those_that_plans_name(row):
+    """The first whose head dimensions reach, as in plan(): the list and the choice cannot drift apart."""
+    for tile in row["tiles"]:
+        told = plan(row, head_dim=tile["head_dim_max"] or 1000)
+        assert (told["kernel"], list(told["tile"]), told["why"]) == (tile["name"], tile["tile"], tile["why"])
 
 
 def test_every_feature_has_a_case():

@@ -3,6 +3,7 @@
 
 #if defined(__CUDACC__)
 #define FAE_HD __host__ __device__ __forceinline__
+#define FAE_DEVICE __device__ __forceinline__
 #else
 #define FAE_HD inline
 #endif

@@ -60,8 +60,8 @@ void check_forward(const char* name, const Tensor& q, const Tensor& k, const Ten
   const auto dtype = q.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble, name,
                    ": q is ", dtype, "; float16, bfloat16, float32 and, on the CPU, float64 are supported");
-  TORCH_CHECK_TYPE(dtype != at::kDouble || !q.is_cuda(), name,
-                   ": float64 runs on the CPU only; cast to float32 for CUDA");
+  TORCH_CHECK_NOT_IMPLEMENTED(dtype != at::kDouble || !q.is_cuda(), name,
+                              ": float64 runs on the CPU only; cast to float32 for CUDA");
   TORCH_CHECK_VALUE(q.dim() == 3 || q.dim() == 4, name, ": q has ", q.dim(), " dimensions ", Shape{q},
                     "; it has to be (batch, seq, dim) or (batch, heads, seq, dim)");
   TORCH_CHECK_VALUE(k.dim() == q.dim() && v.dim() == q.dim(), name,

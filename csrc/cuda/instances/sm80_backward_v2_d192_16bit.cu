@@ -1,0 +1,17 @@
+// Written by table.py: do not edit.
+#include "../sm80/launch_backward.cuh"
+
+namespace fae::cuda::rows {
+KernelEntry sm80_bwd_d192_m128_fp16() {
+  return sm80::backward_v2_entry<__half, sm80::backward_row("sm80_bwd_d192_m128")>();
+}
+KernelEntry sm80_bwd_d192_m128_bf16() {
+  return sm80::backward_v2_entry<__nv_bfloat16, sm80::backward_row("sm80_bwd_d192_m128")>();
+}
+KernelEntry sm80_bwd_d192_small_fp16() {
+  return sm80::backward_v2_entry<__half, sm80::backward_row("sm80_bwd_d192_small")>();
+}
+KernelEntry sm80_bwd_d192_small_bf16() {
+  return sm80::backward_v2_entry<__nv_bfloat16, sm80::backward_row("sm80_bwd_d192_small")>();
+}
+}  // namespace fae::cuda::rows

@@ -1,0 +1,11 @@
+// Written by table.py: do not edit.
+#include "../sm80/launch_backward.cuh"
+
+namespace fae::cuda::rows {
+KernelEntry sm80_bwd_f32_d256_w8_fp32() {
+  return sm80::backward_v2_entry<float, sm80::backward_row("sm80_bwd_f32_d256_w8")>();
+}
+KernelEntry sm80_bwd_f32_d256_fp32() {
+  return sm80::backward_v2_entry<float, sm80::backward_row("sm80_bwd_f32_d256")>();
+}
+}  // namespace fae::cuda::rows

@@ -1,0 +1,13 @@
+// Written by table.py: do not edit.
+#include "../sm80/launch_forward.cuh"
+
+namespace fae::cuda::rows {
+KernelEntry sm80_fwd_d256_fp16() { return sm80::forward_v2_entry<__half, sm80::forward_row("sm80_fwd_d256")>(); }
+KernelEntry sm80_fwd_d256_bf16() { return sm80::forward_v2_entry<__nv_bfloat16, sm80::forward_row("sm80_fwd_d256")>(); }
+KernelEntry sm80_fwd_d256_small_fp16() {
+  return sm80::forward_v2_entry<__half, sm80::forward_row("sm80_fwd_d256_small")>();
+}
+KernelEntry sm80_fwd_d256_small_bf16() {
+  return sm80::forward_v2_entry<__nv_bfloat16, sm80::forward_row("sm80_fwd_d256_small")>();
+}
+}  // namespace fae::cuda::rows

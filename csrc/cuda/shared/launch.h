@@ -1,0 +1,62 @@
+// What launchers share on the host: permission for large shared memory, alignment, rounding.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "../../core/params.h"
+#include "../../core/softmax.h"
+
+namespace fae::cuda {
+
+constexpr int kSharedBytesByDefault = 48 * 1024;
+constexpr size_t kWorkspaceAlignment = 256;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline size_t align_up(size_t bytes) {
+  return (bytes + kWorkspaceAlignment - 1) / kWorkspaceAlignment * kWorkspaceAlignment;
+}
+
+// Lets a kernel ask for `bytes` of dynamic shared memory; the driver is told once per kernel and device.
+template <auto* kKernel>
+cudaError_t allow_shared_bytes(int bytes) {
+  if (bytes <= kSharedBytesByDefault) return cudaSuccess;
+  static std::atomic<uint64_t> told{0};  // a bit per device; twice does no harm
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
+  const uint64_t bit = uint64_t{1} << (device & 63);
+  if (device < 64 && (told.load(std::memory_order_relaxed) & bit)) return cudaSuccess;
+  const cudaError_t error =
+      cudaFuncSetAttribute(reinterpret_cast<const void*>(kKernel), cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess && device < 64) told.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+
+// Whether every row of a tensor starts on 16 bytes and `columns` fill whole chunks of 16: tile::GlobalRows::vector.
+inline bool rows_are_vectors(const TensorRef& t, int columns, int element_bytes) {
+  const int64_t per_chunk = 16 / element_bytes;
+  return reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && columns % per_chunk == 0 && t.stride_b % per_chunk == 0 &&
+         t.stride_h % per_chunk == 0 && t.stride_s % per_chunk == 0;
+}
+
+template <typename T>
+constexpr DType dtype_of() {
+  return sizeof(T) == 4 ? DType::kFloat32 : std::is_same_v<T, __half> ? DType::kFloat16 : DType::kBFloat16;
+}
+
+// scale * log2(e) in two factors for online softmax, which takes maxima of scores and so wants a positive one.
+struct SplitScale {
+  float positive;
+  float sign;
+};
+inline SplitScale split_scale(double scale) {
+  if (scale == 0.0) return {1.0f, 0.0f};
+  return {static_cast<float>(std::fabs(scale) * kLog2E), scale < 0.0 ? -1.0f : 1.0f};
+}
+
+}  // namespace fae::cuda
