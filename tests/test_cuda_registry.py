@@ -57,6 +57,11 @@ def fitting(row: dict[str, Any], gpu: str, head_dim: int) -> list[dict[str, Any]
     return sorted(able, key=lambda t: t["head_dim_max"])  # stable: the table's order within a head dimension
 
 
+def is_known_gap(row: dict[str, Any], gpu: str, head_dim: int) -> bool:
+    """The fp32 backward at D > 128 keeps K, V, Q, dO and the scores on chip, which 99 KB do not hold (README, Limits)."""
+    return (row["pass"], row["dtype"]) == ("bwd", "float32") and head_dim > 128 and GPUS[gpu][2] <= 101376
+
+
 def test_the_table_has_every_pass_and_dtype() -> None:
     have = {(row["pass"], row["version"], row["dtype"]) for row in ROWS}
     dtypes = ("float16", "bfloat16", "float32")
@@ -82,7 +87,12 @@ def test_tiles_of_one_head_dimension_differ(row: dict[str, Any]) -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_head_dimension_has_a_kernel_on_every_gpu(head_dim: int, row: dict[str, Any], gpu: str) -> None:
     """The first of the table that fits, of the smallest padded head dimension; D and Dv count alike."""
-    expected = next(t for t in fitting(row, gpu, head_dim) if not t["for_short_problems"])
+    tiles = [t for t in fitting(row, gpu, head_dim) if not t["for_short_problems"]]
+    if is_known_gap(row, gpu, head_dim):
+        assert not tiles  # else the gap is closed: strike it from the list and from the documentation
+        assert "bytes of shared memory" in plan(row, gpu, head_dim)["why_not"]
+        return
+    expected = tiles[0]
     for dims in ((head_dim, head_dim), (head_dim, 1), (1, head_dim)):
         told = plan(row, gpu, dims[0], head_dim_v=dims[1])
         assert told.get("kernel") == expected["name"], told

@@ -27,7 +27,7 @@ KernelEntry sm80_fwd_f32_d64_fp32();
 KernelEntry sm80_fwd_f32_d64_m16_fp32();
 KernelEntry sm80_fwd_f32_d128_fp32();
 KernelEntry sm80_fwd_f32_d256_fp32();
-KernelEntry sm80_fwd_f32_d256_m32_fp32();
+KernelEntry sm80_fwd_f32_d256_small_fp32();
 KernelEntry sm80_fwd_v1_d64_n128_fp16();
 KernelEntry sm80_fwd_v1_d64_n128_bf16();
 KernelEntry sm80_fwd_v1_d64_n128_w8_fp16();
@@ -144,7 +144,7 @@ const KernelEntry* entries(int* count) {
       row(rows::sm80_fwd_f32_d64_m16_fp32(), "sm80_fwd_f32_d64_m16", true),
       row(rows::sm80_fwd_f32_d128_fp32(), "sm80_fwd_f32_d128"),
       row(rows::sm80_fwd_f32_d256_fp32(), "sm80_fwd_f32_d256"),
-      row(rows::sm80_fwd_f32_d256_m32_fp32(), "sm80_fwd_f32_d256_m32"),
+      row(rows::sm80_fwd_f32_d256_small_fp32(), "sm80_fwd_f32_d256_small"),
       row(rows::sm80_fwd_v1_d64_n128_fp16(), "sm80_fwd_v1_d64_n128"),
       row(rows::sm80_fwd_v1_d64_n128_bf16(), "sm80_fwd_v1_d64_n128"),
       row(rows::sm80_fwd_v1_d64_n128_w8_fp16(), "sm80_fwd_v1_d64_n128_w8"),

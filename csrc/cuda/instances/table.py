@@ -68,7 +68,7 @@ BUILT = (
             Built("sm80_fwd_f32_d64_m16", for_short_problems=True),
             Built("sm80_fwd_f32_d128"),
             Built("sm80_fwd_f32_d256"),
-            Built("sm80_fwd_f32_d256_m32"),
+            Built("sm80_fwd_f32_d256_small"),
         ),
     ),
     Kernel(

@@ -66,21 +66,14 @@ struct BackwardTraits {
 template <typename Tr>
 FAE_DEVICE void add_scores(typename Tr::Scores& s, uint32_t keys, uint32_t rows, bool exact) {
   using Mma = typename Tr::Mma;
-  tile::with_exactness<Mma>(exact, [&](auto exactness) {
-#pragma unroll
-    for (int step = 0; step < Tr::kDimSteps; ++step) {
-      typename Mma::A a[Tr::kKeyTiles];
-#pragma unroll
-      for (int kt = 0; kt < Tr::kKeyTiles; ++kt)
-        Mma::template load_a<Tr::kPitch>(a[kt], keys + kt * 16 * Tr::kPitch, step);
-#pragma unroll
-      for (int qt = 0; qt < Tr::kQueryTiles; qt += 2) {
-        typename Mma::B b;
-        Mma::template load_b<Tr::kPitch>(b, rows + qt * 8 * Tr::kPitch, step);
-        tile::mma_pair<Mma>(exactness, s, qt, a, b);
-      }
-    }
-  });
+  tile::contract<Mma, Tr::kDimSteps>(
+      s, exact,
+      [&](typename Mma::A& a, int kt, int step) {
+        Mma::template load_a<Tr::kPitch>(a, keys + kt * 16 * Tr::kPitch, step);
+      },
+      [&](typename Mma::B& b, int pair, int step) {
+        Mma::template load_b<Tr::kPitch>(b, rows + pair * 16 * Tr::kPitch, step);
+      });
 }
 
 // sums += A rows over the queries: dV from P^T, dO; dK from dS^T, Q. A is the warp's own fragments, or lies in shared
@@ -89,25 +82,17 @@ template <typename Tr>
 FAE_DEVICE void add_key_sums(typename Tr::KeySums& sums, const typename Tr::Fragments& own, uint32_t scores,
                              uint32_t rows, bool exact) {
   using Mma = typename Tr::Mma;
-  tile::with_exactness<Mma>(exact, [&](auto exactness) {
-#pragma unroll
-    for (int step = 0; step < Tr::kQuerySteps; ++step) {
-      typename Mma::A a[Tr::kKeyTiles];
-#pragma unroll
-      for (int kt = 0; kt < Tr::kKeyTiles; ++kt) {
+  tile::contract<Mma, Tr::kQuerySteps>(
+      sums, exact,
+      [&](typename Mma::A& a, int kt, int step) {
         if constexpr (Tr::kPInRegisters)
-          Mma::unpack(a[kt], own[kt][step]);
+          Mma::unpack(a, own[kt][step]);
         else
-          Mma::template load_a_tokens<Tr::kScorePitch>(a[kt], scores + kt * 16 * Tr::kScorePitch, step);
-      }
-#pragma unroll
-      for (int ct = 0; ct < Tr::kColumnTiles; ct += 2) {
-        typename Mma::B b;
-        Mma::template load_b_tokens<Tr::kPitch>(b, rows + step * Mma::kK * Tr::kPitch, ct / 2 * Tr::kWarpsM);
-        tile::mma_pair<Mma>(exactness, sums, ct, a, b);
-      }
-    }
-  });
+          Mma::template load_a_tokens<Tr::kScorePitch>(a, scores + kt * 16 * Tr::kScorePitch, step);
+      },
+      [&](typename Mma::B& b, int pair, int step) {
+        Mma::template load_b_tokens<Tr::kPitch>(b, rows + step * Mma::kK * Tr::kPitch, pair * Tr::kWarpsM);
+      });
 }
 
 // The warp's block of dQ = dS K / scale, kColumnTiles of its 8-column tiles from kFirstTile on. ds: dS^T at the warp's rows;
@@ -119,23 +104,16 @@ FAE_DEVICE void dq_block(float (&dq)[Tr::kDqRowTiles][kColumnTiles][4], uint32_t
   for (int rt = 0; rt < Tr::kDqRowTiles; ++rt)
 #pragma unroll
     for (int ct = 0; ct < kColumnTiles; ++ct) dq[rt][ct][0] = dq[rt][ct][1] = dq[rt][ct][2] = dq[rt][ct][3] = 0.0f;
-  tile::with_exactness<Mma>(exact, [&](auto exactness) {
-#pragma unroll
-    for (int step = 0; step < Tr::kKeySteps; ++step) {
-      typename Mma::A a[Tr::kDqRowTiles];
-#pragma unroll
-      for (int rt = 0; rt < Tr::kDqRowTiles; ++rt)
-        Mma::template load_a_tokens_trans<Tr::kScorePitch>(a[rt], ds + step * Mma::kK * Tr::kScorePitch,
+  tile::contract<Mma, Tr::kKeySteps>(
+      dq, exact,
+      [&](typename Mma::A& a, int rt, int step) {
+        Mma::template load_a_tokens_trans<Tr::kScorePitch>(a, ds + step * Mma::kK * Tr::kScorePitch,
                                                            rt * Tr::kDqWarpsM);
-#pragma unroll
-      for (int ct = 0; ct < kColumnTiles; ct += 2) {
-        typename Mma::B b;
+      },
+      [&](typename Mma::B& b, int pair, int step) {
         Mma::template load_b_tokens<Tr::kPitch>(b, k + step * Mma::kK * Tr::kPitch,
-                                                (kFirstTile + ct) / 2 * Tr::kDqWarpsD);
-        tile::mma_pair<Mma>(exactness, dq, ct, a, b);
-      }
-    }
-  });
+                                                (kFirstTile / 2 + pair) * Tr::kDqWarpsD);
+      });
 }
 
 // -inf where the row does not see the key, or there is no such key. In distances from key to row, which change with every

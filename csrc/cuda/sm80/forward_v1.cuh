@@ -90,19 +90,12 @@ FAE_DEVICE void v1_step(const AttentionParams& p, const ForwardV1Launch& launch,
   auto& s = scores[0];
   const uint32_t lane_q = q + Mma::template lane_a<Tr::kPitch>(lane),
                  lane_k = k + Mma::template lane_b<Tr::kPitch>(lane);
-  tile::with_exactness<Mma>(launch.fp32_exact, [&](auto exactness) {
-#pragma unroll
-    for (int step = 0; step < Tr::kD / Mma::kK; ++step) {
-      typename Mma::A a[1];
-      Mma::template load_a<Tr::kPitch>(a[0], lane_q, step);
-#pragma unroll
-      for (int nt = 0; nt < Tr::kNT; nt += 2) {
-        typename Mma::B bk;
-        Mma::template load_b<Tr::kPitch>(bk, lane_k + nt * 8 * Tr::kPitch, step);
-        tile::mma_pair<Mma>(exactness, scores, nt, a, bk);
-      }
-    }
-  });
+  tile::contract<Mma, Tr::kD / Mma::kK>(
+      scores, launch.fp32_exact,
+      [&](typename Mma::A& a, int, int step) { Mma::template load_a<Tr::kPitch>(a, lane_q, step); },
+      [&](typename Mma::B& bk, int pair, int step) {
+        Mma::template load_b<Tr::kPitch>(bk, lane_k + pair * 16 * Tr::kPitch, step);
+      });
   if (launch.sign != 1.0f) {
 #pragma unroll
     for (int nt = 0; nt < Tr::kNT; ++nt)
@@ -151,21 +144,16 @@ FAE_DEVICE void v1_step(const AttentionParams& p, const ForwardV1Launch& launch,
   float products[1][Tr::kDT][4] = {};
   const auto& pv = products[0];
   const uint32_t lane_v = v + Mma::template lane_b_tokens<Tr::kPitch>(lane);
-  tile::with_exactness<Mma>(launch.fp32_exact, [&](auto exactness) {
-#pragma unroll
-    for (int step = 0; step < Tr::kN / Mma::kK; ++step) {
-      typename Mma::Packed packed;
-      typename Mma::A a[1];
-      Mma::from_accumulators(packed, &s[step * Mma::kTilesPerStep]);
-      Mma::unpack(a[0], packed);
-#pragma unroll
-      for (int dt = 0; dt < Tr::kDT; dt += 2) {
-        typename Mma::B bv;
-        Mma::template load_b_tokens<Tr::kPitch>(bv, lane_v + step * Mma::kK * Tr::kPitch, dt / 2);
-        tile::mma_pair<Mma>(exactness, products, dt, a, bv);
-      }
-    }
-  });
+  tile::contract<Mma, Tr::kN / Mma::kK>(
+      products, launch.fp32_exact,
+      [&](typename Mma::A& a, int, int step) {
+        typename Mma::Packed packed;
+        Mma::from_accumulators(packed, &s[step * Mma::kTilesPerStep]);
+        Mma::unpack(a, packed);
+      },
+      [&](typename Mma::B& bv, int pair, int step) {
+        Mma::template load_b_tokens<Tr::kPitch>(bv, lane_v + step * Mma::kK * Tr::kPitch, pair);
+      });
 #pragma unroll
   for (int half = 0; half < 2; ++half) {  // line 12
     if (!rows.valid[half]) continue;

@@ -61,9 +61,6 @@ struct ForwardTraits {
   static constexpr int kPitch = kTile.pitch();
   static constexpr int kSteps = kD / Mma::kK;  // of a contraction over the head dimension
   static constexpr bool kQInRegisters = kTile.q_in_registers;
-  // See tile::mma_pair_apart.
-  static constexpr bool kScoresApart = Mma::kTerms == 3 && kMT * kNT <= 4;
-  static constexpr bool kOutputApart = Mma::kTerms == 3 && kMT * kDT <= 4;
   static constexpr int kTokenSteps = kN / Mma::kK / kC;  // of a warp's own keys
   static constexpr int kPPitch = kTile.p_pitch();
   static constexpr int kElement = kTile.element_bytes;
@@ -110,30 +107,17 @@ FAE_DEVICE void scores(float (&s)[Tr::kMT][Tr::kNT][4], typename Tr::Mma::A (&q_
   for (int mt = 0; mt < Tr::kMT; ++mt)
 #pragma unroll
     for (int nt = 0; nt < Tr::kNT; ++nt) s[mt][nt][0] = s[mt][nt][1] = s[mt][nt][2] = s[mt][nt][3] = 0.0f;
-  [[maybe_unused]] float small[2][Tr::kMT][Tr::kNT][4] = {};
-  tile::with_exactness<Mma>(exact, [&](auto exactness) {
-#pragma unroll
-    for (int step = 0; step < Tr::kSteps; ++step) {
-      typename Mma::A a[Tr::kMT];
-#pragma unroll
-      for (int mt = 0; mt < Tr::kMT; ++mt) {
+  tile::contract<Mma, Tr::kSteps>(
+      s, exact,
+      [&](typename Mma::A& a, int mt, int step) {
         if constexpr (Tr::kQInRegisters)
-          a[mt] = q_frag[mt][step];
+          a = q_frag[mt][step];
         else
-          Mma::template load_a<Tr::kPitch>(a[mt], q + mt * 16 * Tr::kPitch, step);
-      }
-#pragma unroll
-      for (int nt = 0; nt < Tr::kNT; nt += 2) {
-        typename Mma::B b;
-        Mma::template load_b<Tr::kPitch>(b, k + nt * 8 * Tr::kPitch, step);
-        if constexpr (Tr::kScoresApart)
-          tile::mma_pair_apart<Mma>(exactness, s, small, nt, a, b);
-        else
-          tile::mma_pair<Mma>(exactness, s, nt, a, b);
-      }
-    }
-  });
-  if constexpr (Tr::kScoresApart) tile::add_small(s, small);
+          Mma::template load_a<Tr::kPitch>(a, q + mt * 16 * Tr::kPitch, step);
+      },
+      [&](typename Mma::B& b, int pair, int step) {
+        Mma::template load_b<Tr::kPitch>(b, k + pair * 16 * Tr::kPitch, step);
+      });
 }
 
 // Largest scores of the warp's rows in this step, over the warp's keys.
@@ -233,25 +217,9 @@ FAE_DEVICE void store_p(const float (&s)[Tr::kMT][Tr::kNT][4], uint32_t group_p,
 template <typename Tr, int kSteps, typename PFragment>
 FAE_DEVICE void accumulate(ForwardState<Tr>& state, PFragment p_of, uint32_t v, bool exact) {
   using Mma = typename Tr::Mma;
-  [[maybe_unused]] float small[2][Tr::kMT][Tr::kDT][4] = {};
-  tile::with_exactness<Mma>(exact, [&](auto exactness) {
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      typename Mma::A a[Tr::kMT];
-#pragma unroll
-      for (int mt = 0; mt < Tr::kMT; ++mt) p_of(a[mt], mt, step);
-#pragma unroll
-      for (int dt = 0; dt < Tr::kDT; dt += 2) {
-        typename Mma::B b;
-        Mma::template load_b_tokens<Tr::kPitch>(b, v + step * Mma::kK * Tr::kPitch, dt / 2 * Tr::kC);
-        if constexpr (Tr::kOutputApart)
-          tile::mma_pair_apart<Mma>(exactness, state.o, small, dt, a, b);
-        else
-          tile::mma_pair<Mma>(exactness, state.o, dt, a, b);
-      }
-    }
+  tile::contract<Mma, kSteps>(state.o, exact, p_of, [&](typename Mma::B& b, int pair, int step) {
+    Mma::template load_b_tokens<Tr::kPitch>(b, v + step * Mma::kK * Tr::kPitch, pair * Tr::kC);
   });
-  if constexpr (Tr::kOutputApart) tile::add_small(state.o, small);
 }
 
 // Sums over the keys of all warps of the group, in the order of the warps.

@@ -274,66 +274,68 @@ struct Mma<float> {
   }
 };
 
-// Calls f(std::bool_constant<exact>): loops of products are compiled for both, since a branch at every product would end the
-// block that the compiler schedules in (measured: a tenth of the fp32 kernels' speed).
-template <typename Mma, typename F>
-FAE_DEVICE void with_exactness(bool exact, F f) {
-  if constexpr (Mma::kTerms == 1) {
-    f(std::true_type{});
-  } else {
-    if (exact)
-      f(std::true_type{});
-    else
-      f(std::false_type{});
-  }
-}
-
-// c[row][first + 0, 1] += A[row] B for kRows fragments of A: both n8 tiles of b. Term by term over all of them, so that the
-// products which add to one tile do not follow each other; the small terms first, which would be lost beside a large sum.
-template <typename Mma, bool kExact, int kRows, int kTiles>
-FAE_DEVICE void mma_pair(std::bool_constant<kExact>, float (&c)[kRows][kTiles][4], int first,
-                         const typename Mma::A (&a)[kRows], const typename Mma::B& b) {
-  const auto term = [&](auto number) {
+// c += A B over kSteps steps: kRows fragments of A, kTiles n8 tiles of B. load_a(a, row, step) and load_b(b, pair, step) fetch
+// the fragments; a pair is two n8 tiles.
+template <typename Mma, int kSteps, bool kExact, int kRows, int kTiles, typename LoadA, typename LoadB>
+FAE_DEVICE void contract_as(float (&c)[kRows][kTiles][4], LoadA load_a, LoadB load_b) {
+  // fp32: the unit cuts its sums off instead of rounding them, which over a long contraction is a bias of many units in the
+  // last place. So it adds up kChunk steps alone, from zero, and the rest is added outside (Ootomo and Yokota, "Recovering
+  // single precision accuracy from Tensor Cores", arXiv 2203.03341). Small terms come first: beside a large sum they
+  // would lose more.
+  constexpr int kChunk = Mma::kTerms == 1 ? 1 : 2;
+  static_assert(kSteps % kChunk == 0 && kTiles % 2 == 0);
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
+  for (int step = 0; step < kSteps; step += kChunk) {
+    typename Mma::A a[kChunk][kRows];
 #pragma unroll
-      for (int row = 0; row < kRows; ++row)
-        Mma::template mma<decltype(number)::value>(c[row][first + half], a[row], b, half);
-  };
-  if constexpr (Mma::kTerms == 3 && kExact) {
-    term(std::integral_constant<int, 0>{});
-    term(std::integral_constant<int, 1>{});
-  }
-  term(std::integral_constant<int, Mma::kTerms - 1>{});
-}
-
-// The same with sums of their own for the small terms, where a warp has so few tiles that the wait for its own last sum is
-// what it spends its time on. Add `small` to c at the end.
-template <typename Mma, bool kExact, int kRows, int kTiles>
-FAE_DEVICE void mma_pair_apart(std::bool_constant<kExact>, float (&c)[kRows][kTiles][4],
-                               float (&small)[2][kRows][kTiles][4], int first, const typename Mma::A (&a)[kRows],
-                               const typename Mma::B& b) {
+    for (int k = 0; k < kChunk; ++k)
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
+      for (int row = 0; row < kRows; ++row) load_a(a[k][row], row, step + k);
 #pragma unroll
-    for (int row = 0; row < kRows; ++row) {
-      if constexpr (kExact) {
-        Mma::template mma<0>(small[0][row][first + half], a[row], b, half);
-        Mma::template mma<1>(small[1][row][first + half], a[row], b, half);
+    for (int pair = 0; pair < kTiles / 2; ++pair) {
+      typename Mma::B b[kChunk];
+#pragma unroll
+      for (int k = 0; k < kChunk; ++k) load_b(b[k], pair, step + k);
+      if constexpr (Mma::kTerms == 1) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int row = 0; row < kRows; ++row) Mma::template mma<0>(c[row][2 * pair + half], a[0][row], b[0], half);
+      } else {
+        float sums[kRows][2][4] = {};
+        const auto term = [&](auto number) {
+#pragma unroll
+          for (int k = 0; k < kChunk; ++k)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+#pragma unroll
+              for (int row = 0; row < kRows; ++row)
+                Mma::template mma<decltype(number)::value>(sums[row][half], a[k][row], b[k], half);
+        };
+        if constexpr (kExact) {
+          term(std::integral_constant<int, 0>{});
+          term(std::integral_constant<int, 1>{});
+        }
+        term(std::integral_constant<int, 2>{});
+#pragma unroll
+        for (int row = 0; row < kRows; ++row)
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) c[row][2 * pair + half][e] += sums[row][half][e];
       }
-      Mma::template mma<Mma::kTerms - 1>(c[row][first + half], a[row], b, half);
     }
   }
 }
 
-template <int kRows, int kTiles>
-FAE_DEVICE void add_small(float (&c)[kRows][kTiles][4], const float (&small)[2][kRows][kTiles][4]) {
-#pragma unroll
-  for (int row = 0; row < kRows; ++row)
-#pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) c[row][tile][e] += small[0][row][tile][e] + small[1][row][tile][e];
+// The same with `exact` known at run time. Loops are compiled for both: a branch at every product would end the block that the
+// compiler schedules in (measured: a tenth of the fp32 kernels' speed).
+template <typename Mma, int kSteps, int kRows, int kTiles, typename LoadA, typename LoadB>
+FAE_DEVICE void contract(float (&c)[kRows][kTiles][4], bool exact, LoadA load_a, LoadB load_b) {
+  if (Mma::kTerms == 1 || exact)
+    contract_as<Mma, kSteps, true>(c, load_a, load_b);
+  else
+    contract_as<Mma, kSteps, false>(c, load_a, load_b);
 }
 
 }  // namespace fae::tile
