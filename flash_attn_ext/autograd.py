@@ -1,7 +1,8 @@
 """Gradients and ``vmap``, in the two layers that PyTorch has.
 
-* The operators carry their own formula, a kernel at the dispatcher's Autograd key: eager training, ``torch.compile``,
-  ``torch.export``, activation checkpointing and opcheck go through it, and so do operators that are called directly.
+* The operators carry their own formula, a kernel at the dispatcher's Autograd key: ``torch.compile``, ``torch.export``,
+  opcheck and operators that are called directly go through it. The functions of interface.py, in eager code, leave the
+  same node in the graph by :func:`record`, which saves the dispatcher's call back into Python.
 * :class:`FlashAttention` is an ``autograd.Function`` with ``setup_context`` and ``vmap``, PyTorch's documented way into
   ``torch.func``. It costs more per call, so it is used only while such a transform is active in eager code.
 
