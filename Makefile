@@ -27,11 +27,13 @@ $(STATE)/venv:
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@mkdir -p $(STATE) && touch $@
 
-# An active environment's own PyTorch (2.11 or newer) is kept.
+# An active environment's own PyTorch (2.11 or newer) is kept, and stands in the list so that pip heeds its limits
+# (2.11 wants setuptools below 82).
 $(STATE)/packages: $(STATE)/venv pyproject.toml
 	@$(PY) -c 'import torch, sys; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11))' 2>/dev/null \
 	  || { echo "installing $(TORCH) (about a minute)"; $(PY) -m pip install -q '$(TORCH)'; }
 	@$(PY) tools/requirements.py build test bench lint > $(STATE)/requirements.txt
+	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' >> $(STATE)/requirements.txt
 	@$(PY) -m pip install -q -r $(STATE)/requirements.txt
 	@touch $@
 

@@ -244,6 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             table.print()
     if args.json:
         command = f"python benchmarks/origin_tables.py --device {args.device} --rounds {args.rounds}"
+        command += " --block-sizes" if args.block_sizes else ""
         results = {"provenance": _record.provenance(device, command, ["fp32"]), **results}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -1,7 +1,8 @@
 """Gradients and ``vmap``, in the two layers that PyTorch has.
 
-* The operators carry their own formula, a kernel at the dispatcher's Autograd key: eager training, ``torch.compile``,
-  ``torch.export``, activation checkpointing and opcheck go through it, and so do operators that are called directly.
+* The operators carry their own formula, a kernel at the dispatcher's Autograd key: ``torch.compile``, ``torch.export``,
+  opcheck and operators that are called directly go through it. The functions of interface.py, in eager code, leave the
+  same node in the graph by :func:`record`, which saves the dispatcher's call back into Python.
 * :class:`FlashAttention` is an ``autograd.Function`` with ``setup_context`` and ``vmap``, PyTorch's documented way into
   ``torch.func``. It costs more per call, so it is used only while such a transform is active in eager code.
 
@@ -81,7 +82,11 @@ class _OperatorFormula(torch.autograd.function._SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, op: Any, keyset: Any, q: Tensor, k: Tensor, v: Tensor, *config: Any) -> tuple[Tensor, ...]:
-        out, lse = _redispatch_from_node(op, keyset, q, k, v, *config)
+        if keyset is None:  # from record(), not from the dispatcher
+            with _below_autograd():
+                out, lse = op(q, k, v, *config)
+        else:
+            out, lse = _redispatch_from_node(op, keyset, q, k, v, *config)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.options = config[:5]  # scale, windows, alignment, deterministic: what bwd takes
         ctx.set_materialize_grads(False)  # an unused lse then costs nothing
@@ -94,6 +99,15 @@ class _OperatorFormula(torch.autograd.function._SingleLevelFunction):
             dout = torch.zeros_like(out)
         dq, dk, dv = bwd(dout, dlse, q, k, v, out, lse, *ctx.options)
         return None, None, dq, dk, dv, None, None, None, None, None, None, None
+
+
+def record(op: Any, q: Tensor, k: Tensor, v: Tensor, *config: Any) -> tuple[Tensor, ...]:
+    """What the dispatcher would come to for a differentiable call in eager code, without the way there and back.
+
+    ``config`` is complete. Only outside ``torch.func``, forward mode and ``torch.compile``, and for tensors without a
+    ``__torch_function__`` of their own.
+    """
+    return _OperatorFormula.apply(op, None, q, k, v, *config)
 
 
 def _install_forward_formula(name: str, op: Any) -> None:

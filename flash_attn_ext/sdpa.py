@@ -115,8 +115,8 @@ def _why_not(query: Any, key: Any, value: Any, dropout_p: Any, causal: Any, scal
         return "an empty tensor"
     head_dim_max, features = _covered[device, dtype]
     head_dim, head_dim_v = query.shape[-1], value.shape[-1]
-    if head_dim != key.shape[-1] or key.shape[-2] != value.shape[-2]:
-        return "shapes that do not fit"
+    if head_dim != key.shape[-1]:
+        return "head dimensions that do not fit"
     if head_dim > head_dim_max or head_dim_v > head_dim_max:
         return f"a head dimension above {head_dim_max}"
     if head_dim != head_dim_v and "head_dim_v" not in features:
@@ -143,6 +143,18 @@ def _is_causal_bias(attn_mask: Any) -> bool:
     """``torch.nn.attention.bias.CausalBias``, recognised by name: importing its module imports torch._dynamo."""
     kind = type(attn_mask)
     return kind.__name__ == "CausalBias" and kind.__module__ == "torch.nn.attention.bias"
+
+
+def _require_a_value_for_each_key(key: Any, value: Any) -> None:
+    """PyTorch's CPU flash kernel takes the number of keys from ``value`` alone: it reads past the end of a shorter
+    ``key``, and leaves keys out of a longer one. Nothing that we hand on may get there, with a mask or without."""
+    if not (isinstance(key, Tensor) and isinstance(value, Tensor)) or key.is_nested or value.is_nested:
+        return
+    if key.dim() >= 2 and value.dim() >= 2 and key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            f"scaled_dot_product_attention: key has {key.shape[-2]} positions and value has {value.shape[-2]} "
+            f"(key {tuple(key.shape)}, value {tuple(value.shape)}); each key needs its value"
+        )
 
 
 _noted: set[str] = set()
@@ -175,6 +187,7 @@ def _sdpa(
     scale: float | None,
     enable_gqa: bool,
 ) -> Tensor:
+    _require_a_value_for_each_key(key, value)
     causal, align, why_not = is_causal, "top-left", None
     is_causal_bias = attn_mask is not None and _is_causal_bias(attn_mask)
     if is_causal_bias and is_causal is False:
@@ -243,6 +256,9 @@ def scaled_dot_product_attention(
 
     Raises
     ------
+    ValueError
+        ``key`` and ``value`` of different lengths, on every path. PyTorch's CPU kernel reads past the end of a shorter
+        ``key`` and drops the end of a longer one.
     RuntimeError, TypeError
         Those of PyTorch's function, from PyTorch's function.
 

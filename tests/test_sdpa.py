@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -202,8 +203,7 @@ FALLBACKS: dict[str, tuple[Callable[[], tuple[tuple, dict]], str]] = {
     "gqa 2-D": (lambda: (inputs((9, 8), (9, 8), (9, 8)), {"enable_gqa": True}), "head counts"),
     "1-D": (lambda: (inputs((8,), (8,), (8,)), {}), "numbers of dimensions"),
     "3-D and 4-D": (lambda: (inputs(Q, (4, 9, 8), (4, 9, 8)), {}), "numbers of dimensions"),
-    "E differs": (lambda: (inputs(Q, (2, 4, 9, 7), Q), {}), "do not fit"),
-    "S differs": (lambda: (inputs(Q, (2, 4, 7, 8), Q), {}), "do not fit"),
+    "E differs": (lambda: (inputs(Q, (2, 4, 9, 7), Q), {}), "head dimensions"),
     "no keys": (lambda: (inputs(Q, (2, 4, 0, 8), (2, 4, 0, 8)), {}), "empty"),
     "no batch": (lambda: (inputs(*((0, 4, 9, 8),) * 3), {}), "empty"),
     "infinite scale": (lambda: (inputs(Q, Q, Q), {"scale": math.inf}), "scale"),
@@ -248,6 +248,47 @@ def test_everything_else_is_pytorchs(name: str, replaced: bool) -> None:
         assert (found.shape, found.dtype, found.device) == (expected.shape, expected.dtype, expected.device)
     else:
         torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+UNEQUAL_LENGTHS: dict[str, tuple[tuple[int, ...], tuple[int, ...], dict]] = {
+    "plain": (Q, Q, {}),
+    "causal": (Q, Q, {"is_causal": True}),
+    "bool mask": (Q, Q, {"attn_mask": torch.ones(9, 1, dtype=torch.bool)}),  # fits keys of any number
+    "causal bias": (Q, Q, {"attn_mask": causal_upper_left(9, 9)}),
+    "dropout": (Q, Q, {"dropout_p": 0.3}),
+    "3-D": ((4, 9, 8), (4, 9, 8), {}),
+    "gqa": (Q, (2, 2, 9, 8), {"enable_gqa": True}),
+    "broadcast heads": (Q, (2, 1, 9, 8), {}),
+}
+
+
+@pytest.mark.parametrize("name", UNEQUAL_LENGTHS)
+@pytest.mark.parametrize("keys", [7, 0, 11])
+@pytest.mark.parametrize("replaced", [False, True], ids=["direct", "replaced"])
+def test_key_and_value_of_different_lengths_raise(
+    name: str, keys: int, replaced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's CPU kernel would read past the end of the key, or leave keys out: it must not get the call at all."""
+
+    def torchs(*args: Any, **options: Any) -> Tensor:
+        pytest.fail("PyTorch's function was called")
+
+    q_shape, v_shape, options = UNEQUAL_LENGTHS[name]
+    q, v = inputs(q_shape, v_shape)
+    k = random(*v_shape[:-2], keys, 8, seed=2)
+    text = re.escape(
+        f"scaled_dot_product_attention: key has {keys} positions and value has 9 "
+        f"(key {tuple(k.shape)}, value {tuple(v.shape)}); each key needs its value"
+    )
+    monkeypatch.setattr(module, "_torch_sdpa", torchs)
+    with replace_sdpa() if replaced else nullcontext():
+        if replaced:
+            monkeypatch.setattr(module, "_replaced", torchs)
+        function = F.scaled_dot_product_attention if replaced else scaled_dot_product_attention
+        with pytest.raises(ValueError, match=text):
+            function(q, k, v, **options)
+        monkeypatch.undo()
+    assert not module._noted
 
 
 def test_cuda_is_left_to_pytorch_where_there_is_no_kernel() -> None:
