@@ -23,23 +23,4 @@ FAE_DEVICE void mask_scores(float (&s)[kTiles][4], const IntervalMask& mask, int
   }
 }
 
-// The same for transposed scores [16 rows of keys][8 kTiles queries], as the backward has them. Here a masked entry
-// becomes `value`.
-template <int kTiles>
-FAE_DEVICE void mask_scores_transposed(float (&s)[kTiles][4], const IntervalMask& mask, int first_key, int first_row,
-                                       int lane, float value) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int key = first_key + lane / 4 + 8 * half, at = first_row + 2 * (lane % 4);
-    const Range rows = mask.rows_of_keys(key, key + 1);
-    const int begin = rows.begin - at, end = (key < mask.seqlen_k ? rows.end : 0) - at;
-#pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        if (8 * i + e < begin || 8 * i + e >= end) s[i][2 * half + e] = value;
-    }
-  }
-}
-
 }  // namespace fae::tile
