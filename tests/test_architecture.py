@@ -264,10 +264,16 @@ def test_every_operator_has_a_meta_kernel_in_cpp() -> None:
 
 def test_every_row_of_a_configuration_says_why() -> None:
     for config in CSRC.rglob("config.h"):
-        rows = re.findall(r'\{\s*"(\w+)",[^{}]*?"((?:[^"\\]|\\.)*)"\s*\}', config.read_text())
+        # The reason is the last string of a row, written in one piece or several.
+        found = re.findall(r'\{\s*"(\w+)",[^{}"]*?((?:"(?:[^"\\]|\\.)*"\s*)+)\}', config.read_text())
+        rows = [(name, "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', pieces))) for name, pieces in found]
         assert rows, config
         for name, why in rows:
-            assert len(why) > 20, f"{name} has no reason"
+            twin = re.fullmatch(r"as (d\d+)", why)  # the reason of another row
+            if twin is not None:
+                assert any(re.search(rf"_{twin[1]}(_|$)", other) for other, _ in rows), f"{name}: no row {twin[1]}"
+            else:
+                assert len(why.split()) > 2, f"{name} has no reason"
 
 
 # ---- the build -------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def fitting(row: dict[str, Any], gpu: str, head_dim: int) -> list[dict[str, Any]
 
 
 def is_known_gap(row: dict[str, Any], gpu: str, head_dim: int) -> bool:
-    """The fp32 backward at D > 128 keeps K, V, Q, dO and the scores on chip, which 99 KB do not hold (README, Limits)."""
+    """The fp32 backward at D > 128 keeps K, V, Q, dO and the scores on chip, and 99 KB do not hold them."""
     return (row["pass"], row["dtype"]) == ("bwd", "float32") and head_dim > 128 and GPUS[gpu][2] <= 101376
 
 
