@@ -65,7 +65,7 @@ format: $(STATE)/packages ## let ruff and clang-format rewrite the sources
 	@PATH="$(abspath $(VENV))/bin:$$PATH" sh tools/lint.sh --fix
 
 sanitize: build ## AddressSanitizer and UBSan over the CPU engine
-	@PATH="$(abspath $(VENV))/bin:$$PATH" bash tools/sanitize.sh
+	@PATH="$(abspath $(VENV))/bin:$$PATH" PYTHON=$(abspath $(PY)) bash tools/sanitize.sh
 
 planted-faults: build ## small faults planted into a copy of the engine: the suite has to catch each
 	@$(PY) tests/planted_faults.py $(ARGS)
