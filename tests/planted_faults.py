@@ -209,7 +209,9 @@ def main() -> int:
     for number, fault in enumerate(FAULTS):
         if options.only and fault.name not in options.only:
             continue
-        failed, seconds = first_failure(number, list(dict.fromkeys([fault.nearest, *SUITE])))
+        failed, seconds = first_failure(number, [fault.nearest])
+        if failed is None:
+            failed, seconds = first_failure(number, SUITE)
         print(f"{fault.name}: {failed or 'NOT CAUGHT'} ({seconds:.0f} s)", flush=True)
         if failed is None:
             survivors.append(fault.name)
