@@ -506,6 +506,21 @@ def test_tolerance_accepts_naive_and_rejects_twice_and_a_bit():
         tolerance.assert_close_to_oracle(drift, ref, naive)
 
 
+def test_tolerance_of_few_elements():
+    """Four roundings that all happen to be zero do not make the rule stricter than one rounding of the result."""
+    ref = torch.tensor([-0.5, -1.28125, -0.53125, -0.875])
+    assert not (((ref.half() + 0.3) - 0.3) - ref.half()).any()
+    eps = torch.finfo(torch.float16).eps
+    torch.testing.assert_close(tolerance.rounding(ref, torch.float16), ref.double().abs() * (eps / 2))
+    assert not tolerance.rounding(ref.repeat(4), torch.float16).any()
+    ours = ref.half()
+    ours[1] = ours[1] * (1 + eps)
+    tolerance.assert_close_to_oracle(ours, ref, ref.half())
+    ours[1] = ref[1] * (1 + 3 * eps)
+    with pytest.raises(AssertionError, match=r"Worst at \(1,\)"):
+        tolerance.assert_close_to_oracle(ours, ref, ref.half())
+
+
 def test_tolerance_gradient_factor_and_fp64():
     ref, naive = torch.zeros(100), torch.full((100,), 1e-3)
     ours = torch.full((100,), 1e-3)
