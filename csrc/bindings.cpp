@@ -134,6 +134,7 @@ void append_cuda_kernels(py::list& rows) {
       py::dict tile = tile_row(e.name, py::int_(e.head_dim_max), e.tile.m, e.tile.n, e.why);
       add_launch(tile, e);
       tile["for_short_problems"] = e.for_short_problems;
+      tile["shared_bytes_unasked"] = e.shared_bytes_unasked;
       tiles.append(tile);
     }
     py::dict d;

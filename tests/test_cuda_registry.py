@@ -52,9 +52,14 @@ def plan(row: dict[str, Any], gpu: str | tuple[int, int, int], head_dim: int = 6
 
 
 def fitting(row: dict[str, Any], gpu: str, head_dim: int) -> list[dict[str, Any]]:
-    """The tiles of a row that serve, in the order of preference."""
+    """The tiles of a row that can serve, in the order of preference."""
     able = [t for t in row["tiles"] if t["head_dim_max"] >= head_dim and t["shared_bytes"] <= GPUS[gpu][2]]
     return sorted(able, key=lambda t: t["head_dim_max"])  # stable: the table's order within a head dimension
+
+
+def unasked(tile: dict[str, Any], gpu: str) -> bool:
+    """Whether a tile that can serve may be taken without being named."""
+    return tile["shared_bytes_unasked"] <= GPUS[gpu][2]
 
 
 def is_known_gap(row: dict[str, Any], gpu: str, head_dim: int) -> bool:
@@ -87,7 +92,7 @@ def test_tiles_of_one_head_dimension_differ(row: dict[str, Any]) -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_head_dimension_has_a_kernel_on_every_gpu(head_dim: int, row: dict[str, Any], gpu: str) -> None:
     """The first of the table that fits, of the smallest padded head dimension; D and Dv count alike."""
-    tiles = [t for t in fitting(row, gpu, head_dim) if not t["for_short_problems"]]
+    tiles = [t for t in fitting(row, gpu, head_dim) if not t["for_short_problems"] and unasked(t, gpu)]
     if is_known_gap(row, gpu, head_dim):
         assert not tiles  # else the gap is closed: strike it from the list and from the documentation
         assert "bytes of shared memory" in plan(row, gpu, head_dim)["why_not"]
@@ -114,7 +119,7 @@ def test_short_problems(row: dict[str, Any], gpu: str) -> None:
     """A smaller tile where the rows of one batch entry, over its heads, leave most SMs without one; of any batch."""
     for head_dim in sorted({t["head_dim_max"] for t in row["tiles"]}):
         tiles = [t for t in fitting(row, gpu, head_dim) if t["head_dim_max"] == head_dim]
-        expected = next((t for t in tiles if not t["for_short_problems"]), None)
+        expected = next((t for t in tiles if not t["for_short_problems"] and unasked(t, gpu)), None)
         if expected is None:
             continue
         for seqlen, heads in ((1, 1), (300, 2), (600, 16), (4096, 1), (4096, 64)):
@@ -130,6 +135,19 @@ def test_short_problems(row: dict[str, Any], gpu: str) -> None:
 def test_some_row_is_for_short_problems() -> None:
     """Else the test above says nothing."""
     assert any(t["for_short_problems"] for row in ROWS for t in row["tiles"])
+
+
+def test_a_tile_that_would_be_alone_on_its_sm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is passed over on a GPU that holds one such block, and can be named there all the same."""
+    row = next(row for row in ROWS if any(t["shared_bytes_unasked"] for t in row["tiles"]))
+    tile = next(t for t in row["tiles"] if t["shared_bytes_unasked"])
+    assert tile["shared_bytes"] <= GPUS["RTX 4090"][2] < tile["shared_bytes_unasked"] <= GPUS["A100"][2]
+    kernels = {gpu: plan(row, gpu, tile["head_dim_max"])["kernel"] for gpu in GPUS}
+    assert {gpu for gpu, kernel in kernels.items() if kernel == tile["name"]} == {"A100", "H100"}
+    named = {"block_m": tile["tile"][0], "block_n": tile["tile"][1]}
+    assert plan(row, "RTX 4090", tile["head_dim_max"], **named)["kernel"] == tile["name"]
+    monkeypatch.setenv("FLASH_ATTN_EXT_KERNEL", tile["name"])
+    assert plan(row, "RTX 4090", tile["head_dim_max"])["kernel"] == tile["name"]
 
 
 # ---- what the caller asks for ----------------------------------------------------------------------------------------

@@ -48,6 +48,10 @@ bool has_tile(const KernelEntry& e, const KernelKey& key) {
   return key.tile_m == 0 || (e.tile.m == key.tile_m && e.tile.n == key.tile_n);
 }
 
+bool may_be_preferred(const KernelEntry& e, const Device& device) {
+  return e.shared_bytes_unasked <= device.shared_bytes;
+}
+
 bool fits(const KernelEntry& e, const KernelKey& key, const Device& device) {
   return e.head_dim_max >= key.head_dim && e.arch <= device.compute_capability &&
          e.tile.shared_bytes <= device.shared_bytes;
@@ -188,7 +192,7 @@ const KernelEntry* find(const KernelKey& key, const Device& device, std::string*
   for (int i = 0; i < count; ++i) {
     const KernelEntry& e = all[i];
     if ((best != nullptr && e.head_dim_max >= best->head_dim_max) || !serves(e)) continue;
-    if (!e.for_short_problems || chosen_by_caller) best = &e;
+    if (chosen_by_caller || (!e.for_short_problems && may_be_preferred(e, device))) best = &e;
   }
   if (best == nullptr || (std::getenv(kForce) != nullptr && !unknown_name().empty())) {
     if (why_not != nullptr) *why_not = explain_none(key, device);

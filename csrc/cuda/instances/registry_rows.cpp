@@ -6,6 +6,8 @@ namespace fae::cuda {
 namespace rows {
 KernelEntry sm80_fwd_d32_fp16();
 KernelEntry sm80_fwd_d32_bf16();
+KernelEntry sm80_fwd_d64_n128_fp16();
+KernelEntry sm80_fwd_d64_n128_bf16();
 KernelEntry sm80_fwd_d64_fp16();
 KernelEntry sm80_fwd_d64_bf16();
 KernelEntry sm80_fwd_d64_m16_fp16();
@@ -123,6 +125,8 @@ const KernelEntry* entries(int* count) {
   static const KernelEntry kEntries[] = {
       row(rows::sm80_fwd_d32_fp16(), "sm80_fwd_d32"),
       row(rows::sm80_fwd_d32_bf16(), "sm80_fwd_d32"),
+      row(rows::sm80_fwd_d64_n128_fp16(), "sm80_fwd_d64_n128"),
+      row(rows::sm80_fwd_d64_n128_bf16(), "sm80_fwd_d64_n128"),
       row(rows::sm80_fwd_d64_fp16(), "sm80_fwd_d64"),
       row(rows::sm80_fwd_d64_bf16(), "sm80_fwd_d64"),
       row(rows::sm80_fwd_d64_m16_fp16(), "sm80_fwd_d64_m16", true),

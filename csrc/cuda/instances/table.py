@@ -5,8 +5,9 @@
 
 A kernel is compiled for a named row of its architecture's config.h, once per dtype of the row's element size. The order
 here is the order in which cuda/registry.cpp prefers rows of one head dimension: the first that the GPU has the shared
-memory for. Rows further down serve GPUs with less of it, and calls that name their tile. What is written is committed,
-so that a build needs no step before it; tests/test_architecture.py checks that they are fresh.
+memory for (for several CTAs on an SM, where config.h says wants_company). Rows further down serve GPUs with less of it,
+and calls that name their tile. What is written is committed, so that a build needs no step before it;
+tests/test_architecture.py checks that they are fresh.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ BUILT = (
         "forward_row",
         (
             Built("sm80_fwd_d32"),
+            Built("sm80_fwd_d64_n128"),
             Built("sm80_fwd_d64"),
             Built("sm80_fwd_d64_m16", for_short_problems=True),
             Built("sm80_fwd_d96"),

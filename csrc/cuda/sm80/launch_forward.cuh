@@ -82,7 +82,9 @@ cuda::KernelEntry forward_v2_entry() {
           {t.tile_m(), t.tile_n, t.threads(), t.stages, t.shared_bytes()},
           t.why.data(),
           &forward_v2_workspace<kRow>,
-          &launch_forward_v2<T, kRow>};
+          &launch_forward_v2<T, kRow>,
+          false,
+          t.wants_company ? t.shared_bytes() * t.ctas_per_sm : 0};
 }
 
 }  // namespace fae::sm80
