@@ -47,7 +47,7 @@ ORIGINAL_MEMORY: dict[Shape, dict[str, float]] = {
     (1, 512, 64): {"naive": 2.12, "flash": 0.12},
     (2, 1024, 64): {"naive": 16.5, "flash": 0.5},
 }
-WARMUP_CALLS, TIMED_CALLS = 10, 100
+WARMUP_CALLS, TIMED_CALLS, GRAPH_CALLS = 10, 100, 20
 BLOCKS = (32, 64, 96, 128)
 MIB = 2**20
 
@@ -92,6 +92,18 @@ def by_the_original_protocol(call: Callable[[], object], device: torch.device) -
     return (time.perf_counter() - start) * 1e3 / TIMED_CALLS
 
 
+def from_a_graph(calls: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
+    """Milliseconds a call out of the replay of a CUDA graph of GRAPH_CALLS calls; medians, replays in turn."""
+    replays: dict[str, Callable[[], object]] = {}
+    for name, call in calls.items():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(GRAPH_CALLS):
+                call()
+        replays[name] = graph.replay
+    return {name: m.ms / GRAPH_CALLS for name, m in measure(replays, SingleCallTimer(device), rounds).items()}
+
+
 class SingleCallTimer:
     """Samples of one call: events and a flushed L2 on CUDA, the wall clock around a single call on the CPU."""
 
@@ -108,7 +120,7 @@ class SingleCallTimer:
 
 
 def time_table(device: torch.device, rounds: int) -> tuple[Table, list[dict[str, Any]]]:
-    """naive, v1 and v2 by the original's protocol, and by the median of single calls taken in turn."""
+    """naive, v1 and v2 by the original's protocol, by the median of single calls in turn, and from a CUDA graph."""
     kind = "CUDA events, L2 flushed" if device.type == "cuda" else "wall clock"
     columns = ["(B, S, D)", "protocol", "naive", "v1", "v2", "v1 over naive", "v2 over naive"]
     table = Table("time of one forward call, float32, ms; speed as a multiple of naive's", columns)
@@ -118,7 +130,10 @@ def time_table(device: torch.device, rounds: int) -> tuple[Table, list[dict[str,
         calls = {name: (lambda f=f, inputs=inputs: f(*inputs)) for name, f in IMPLEMENTATIONS.items()}
         loop = {name: by_the_original_protocol(call, device) for name, call in calls.items()}
         single = {name: m.ms for name, m in measure(calls, SingleCallTimer(device), rounds).items()}
-        for protocol, ms in ((f"original's: {TIMED_CALLS} calls, one sync", loop), (f"median of {rounds}", single)):
+        protocols = {f"original's: {TIMED_CALLS} calls, one sync": loop, f"median of {rounds}": single}
+        if device.type == "cuda":
+            protocols[f"CUDA graph of {GRAPH_CALLS} calls"] = from_a_graph(calls, device, rounds)
+        for protocol, ms in protocols.items():
             ratios = [times(ms["naive"] / ms[name]) for name in ("v1", "v2")]
             table.add(str(shape), protocol, *(number(ms[name], 4) for name in calls), *ratios)
             rows.append({"shape": shape, "protocol": protocol, "ms": ms})
@@ -128,6 +143,11 @@ def time_table(device: torch.device, rounds: int) -> tuple[Table, list[dict[str,
         f"median: single calls ({kind}), the three in turn, order rotated",
         "the original's figures come from another machine and its own naive",
     ]
+    if device.type == "cuda":
+        table.notes.append(
+            f"CUDA graph: {GRAPH_CALLS} calls in one, its replay over {GRAPH_CALLS}; a replay of one call takes as "
+            "long as the processor needs to start it"
+        )
     return table, rows
 
 

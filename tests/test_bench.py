@@ -418,6 +418,25 @@ def test_call_cost_times_every_layer(tmp_path: Path) -> None:
     assert all(row["us"] is not None and row["us"] > 0 for row in rows), rows
 
 
+def test_the_traffic_formula_and_the_profile_are_read() -> None:
+    traffic = script("v1_traffic")
+    problem = traffic.Problem(2, 3, 128, 64)
+    read, write = problem.formula(32, groups=2)
+    matrix, row = 4 * 128 * 64, 4 * 128  # bytes of a head's Q, K, V or O, and of its m or l
+    assert read == 6 * (4 * (2 * matrix + 2 * row) + 2 * 2 * matrix + 2 * row)
+    assert write == 6 * (5 * (matrix + 2 * row) + row)
+    assert traffic.Problem(2, 3, 128, 64, "bf16").formula(32, 2)[1] == write + 6 * matrix // 2
+    head = ",".join(f'"{name}"' for name in ("ID", *traffic.METRICS.values()))
+    printed = f'==PROF== text\n{head}\n"",{",".join(["sector"] * 5)}\n"0","1,000","20","3.0","4","132"\n'
+    counted = {"l2_read": 32000, "l2_write": 640, "dram_read": 3, "dram_write": 4, "grid": 132}
+    assert traffic.read_profile(printed) == [counted]
+    table, rows = traffic.report(problem, [(64, 32)], [counted], {(64, 32): 1.5})
+    assert len(table.rows) == len(rows) == 1 and rows[0]["groups"] == 22
+    with pytest.raises(RuntimeError, match="ncu printed no table"):
+        traffic.read_profile("==ERROR== no counters")
+    assert traffic.parse_blocks("64x128,32x32") == [(64, 128), (32, 32)]
+
+
 def test_bad_arguments_of_the_scripts(capsys: pytest.CaptureFixture[str]) -> None:
     tables, cost = script("origin_tables"), script("call_cost")
     for main, options, message in (
