@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = Path(__file__).resolve().parents[1] / "csrc" / "cpu" / "config.h"
 KEYS = {"device", "arch", "pass", "version", "dtype", "operand", "head_dim_max", "features", "tiles"}
 TILE_KEYS = {"name", "head_dim_max", "tile", "why"}
-CUDA_TILE_KEYS = TILE_KEYS | {"threads", "stages", "shared_bytes", "for_short_problems"}
+CUDA_TILE_KEYS = TILE_KEYS | {"threads", "stages", "shared_bytes", "for_short_problems", "shared_bytes_unasked"}
 BASE = Case(113, 203, 40, batch=2, heads=2, heads_kv=2)
 # What asks for each feature, and for nothing else besides.
 CASES_OF_FEATURE = {
