@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
     float x = 0.0f;
     for (int s = 0; s < splits; ++s) {
       const float w = expf(partial_lse[s * rows + row] - base);
-      x = fmaf(w, partial_o[(s * rows + row) * dim + d], x);
+      if (w != 0.0f) x = fmaf(w, partial_o[(s * rows + row) * dim + d], x);  // an empty split may have written nothing
     }
     out[d] = tile::from_float<T>(x * inverse);
   }

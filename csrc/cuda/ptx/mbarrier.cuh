@@ -1,0 +1,58 @@
+// mbarrier: counts arrivals and bytes of asynchronous copies, PTX ISA 9.7.13.15; sm_90.
+//
+// A phase completes when the expected arrivals and bytes are there; then the next begins. A waiter names the parity of the
+// phase that it waits for: a fresh barrier is in phase 0, and waiting for parity 1 on it returns at once.
+#pragma once
+
+#include <cstdint>
+#if defined(FAE_DEBUG_BARRIERS)
+#include <cstdio>
+#endif
+
+#include "../../core/platform.h"
+
+namespace fae::ptx {
+
+FAE_DEVICE void mbarrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+// The initialised barriers become visible to the copy engine.
+FAE_DEVICE void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+FAE_DEVICE void mbarrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+// Arrives, and adds `bytes` to what the phase waits for.
+FAE_DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+FAE_DEVICE bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+// Waits until the phase of that parity is complete. Built with FAE_DEBUG_BARRIERS, a wait that takes seconds names its
+// barrier and traps (a trap in a release build's loop would cost the registers of the whole kernel).
+FAE_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity, const char* name) {
+#if defined(FAE_DEBUG_BARRIERS)
+  constexpr long long kCycles = 10'000'000'000;  // some five seconds
+  const long long start = clock64();
+  while (!mbarrier_try_wait(barrier, parity)) {
+    if (clock64() - start < kCycles) continue;
+    printf("flash_attn_ext: block %d thread %d waits for %s, parity %u\n", blockIdx.x, threadIdx.x, name, parity);
+    __trap();
+  }
+#else
+  (void)name;
+  while (!mbarrier_try_wait(barrier, parity)) {
+  }
+#endif
+}
+
+}  // namespace fae::ptx

@@ -1,0 +1,77 @@
+// The tiles of the Hopper kernels, each with its reason.
+#pragma once
+
+#include <string_view>
+
+#include "../tile/wgmma_tile.cuh"
+
+namespace fae::sm90 {
+
+constexpr int kWarpgroup = 128;
+constexpr int kRowsPerWarpgroup = 64;       // M of every wgmma
+constexpr int kSharedBytesPerCta = 232448;  // 227 KB
+constexpr int kBarrierBytes = 1024;         // barriers and tile descriptions, generously
+
+struct ForwardTile {
+  std::string_view name;
+  int element_bytes;
+  int head_dim;    // D and Dv are filled up to it with zeros by the copy engine
+  int warpgroups;  // consumers, 64 query rows each
+  int tile_n;      // keys
+  int stages;      // tiles of K and of V under way
+  int q_buffers;   // 2: the next tile's Q comes in early, and O leaves through its own tile's Q buffer
+  std::string_view why;
+
+  constexpr int tile_m() const { return warpgroups * kRowsPerWarpgroup; }
+  constexpr int panels() const { return tile::panels_of(head_dim); }
+  // The SM's registers, 65,536 over all threads at the start, are dealt out anew by setmaxnreg.
+  constexpr int threads() const { return (warpgroups + 1) * kWarpgroup; }
+  constexpr int consumer_registers() const { return warpgroups == 2 ? 240 : warpgroups == 3 ? 160 : 112; }
+  constexpr int producer_registers() const { return warpgroups == 2 ? 24 : 32; }
+  constexpr int q_bytes() const { return panels() * tile::panel_bytes(tile_m()); }
+  constexpr int kv_bytes() const { return panels() * tile::panel_bytes(tile_n); }
+  constexpr int shared_bytes() const {
+    return tile::kPanelAlignment + q_buffers * q_bytes() + 2 * stages * kv_bytes() + kBarrierBytes;
+  }
+};
+
+// {name, element_bytes, head_dim, warpgroups, tile_n, stages, q_buffers, why}
+inline constexpr ForwardTile kForwardTiles[] = {
+    {"sm90_fwd_d64", 2, 64, 4, 64, 6, 2,
+     "four warpgroups of 64 keys: 7 to 20 % over three of 128, whose exponentials find fewer others to hide behind; 80 "
+     "keys spill"},
+    {"sm90_fwd_d80", 2, 80, 4, 48, 4, 2, "four warpgroups hold 48 keys; three of 80 or 96 are 2 to 17 % slower"},
+    {"sm90_fwd_d96", 2, 96, 3, 64, 4, 2,
+     "64 keys leave room for a fourth stage: 11 % over 80 keys at 512, 1 % at 4k; four warpgroups of 48 keys lose 10 % "
+     "unmasked"},
+    {"sm90_fwd_d112", 2, 112, 3, 64, 4, 2,
+     "as 128, without its idle columns: 13 % over running on it; a fourth stage gains 4 %, 80 keys lose 2 to 6 %"},
+    {"sm90_fwd_d128", 2, 128, 3, 64, 4, 2,
+     "64 keys and four stages over 80 and three: 1 to 9 %; two warpgroups of 128 or 64 keys lose 6 to 15 %"},
+    {"sm90_fwd_d192", 2, 192, 2, 64, 2, 2,
+     "against 80 keys: 4 % at 512, minus 1.5 % at 4k; one Q buffer and 96 keys lose 9 % at 512, three warpgroups of 48 "
+     "keys 10 %"},
+    {"sm90_fwd_d256", 2, 256, 2, 64, 2, 1,
+     "against 80 keys: 2 to 10 %; a second Q buffer leaves room for 48 keys: minus 3 to 8 %"},
+};
+
+constexpr bool valid(const ForwardTile& t) {
+  const int skipped = (t.tile_m() - kRowsPerWarpgroup + t.tile_n - 1) / t.tile_n;  // key tiles, see forward_v2.cuh
+  return t.shared_bytes() <= kSharedBytesPerCta && t.tile_n % 16 == 0 && t.kv_bytes() % tile::kPanelAlignment == 0 &&
+         t.q_buffers >= 1 && t.q_buffers <= 2 && t.warpgroups >= 2 && t.warpgroups <= 4 && skipped <= t.stages;
+}
+
+constexpr int forward_row(std::string_view name) {
+  for (int i = 0; i < static_cast<int>(sizeof(kForwardTiles) / sizeof(kForwardTiles[0])); ++i)
+    if (kForwardTiles[i].name == name) return i;
+  return -1;
+}
+
+constexpr bool all_valid() {
+  for (const ForwardTile& t : kForwardTiles)
+    if (!valid(t)) return false;
+  return true;
+}
+static_assert(all_valid(), "a tile does not fit shared memory, or the ring of keys is too short for its rows");
+
+}  // namespace fae::sm90
