@@ -17,6 +17,12 @@ FAE_DEVICE void cp_async_bulk_tensor_4d_load(uint32_t to, const void* map, uint3
       "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
+// `bytes` consecutive bytes to shared memory; both addresses and the number are multiples of 16.
+FAE_DEVICE void cp_async_bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+               "r"(bytes), "r"(barrier)
+               : "memory");
+}
 // A box from shared memory; elements outside of the tensor are not written.
 FAE_DEVICE void cp_async_bulk_tensor_4d_store(const void* map, uint32_t from, int c0, int c1, int c2, int c3) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),

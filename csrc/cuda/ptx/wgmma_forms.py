@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-WIDTHS = (48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 256)  # N of m64nNk16
+WIDTHS = (16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 256)  # N of m64nNk16
 HEAD = """\
 // Written by wgmma_forms.py: do not edit.
 // wgmma.mma_async m64nNk16, PTX ISA 9.7.15.5; sm_90a. D[64][N] (+)= A[64][16] B[16][N], fp32 accumulators. The accumulator's

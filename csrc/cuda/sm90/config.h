@@ -67,8 +67,54 @@ constexpr int forward_row(std::string_view name) {
   return -1;
 }
 
+// ---- backward ----
+
+constexpr int kBackwardKeys = 128;  // of a key tile: two warpgroups of 64
+
+struct BackwardTile {
+  std::string_view name;
+  int element_bytes;
+  int head_dim;
+  int tile_m;      // queries of a step
+  int stages;      // tiles of Q, of dO and of dS under way
+  int kv_buffers;  // 2: the next key tile comes in early
+  std::string_view why;
+
+  static constexpr int kThreads = 3 * kWarpgroup;  // two that compute, one that copies
+  static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
+
+  constexpr int panels() const { return tile::panels_of(head_dim); }
+  constexpr int kv_bytes() const { return panels() * tile::panel_bytes(kBackwardKeys); }
+  constexpr int q_bytes() const { return panels() * tile::panel_bytes(tile_m); }
+  constexpr int ds_bytes() const { return tile_m / tile::kPanelColumns * tile::panel_bytes(kBackwardKeys); }
+  constexpr int stats_bytes() const { return stages * 2 * tile_m * 4; }
+  constexpr int shared_bytes() const {
+    return tile::kPanelAlignment + 2 * kv_buffers * kv_bytes() + 2 * stages * q_bytes() + stages * ds_bytes() +
+           stats_bytes() + kBarrierBytes;
+  }
+};
+
+// {name, element_bytes, head_dim, tile_m, stages, kv_buffers, why}
+inline constexpr BackwardTile kBackwardTiles[] = {
+    {"sm90_bwd_d64", 2, 64, 128, 2, 2, "to be measured"},
+    {"sm90_bwd_d96", 2, 96, 64, 2, 2, "to be measured"},
+    {"sm90_bwd_d128", 2, 128, 64, 2, 2, "to be measured"},
+};
+
+constexpr bool valid(const BackwardTile& t) {
+  return t.shared_bytes() <= kSharedBytesPerCta && t.tile_m % tile::kPanelColumns == 0;
+}
+
+constexpr int backward_row(std::string_view name) {
+  for (int i = 0; i < static_cast<int>(sizeof(kBackwardTiles) / sizeof(kBackwardTiles[0])); ++i)
+    if (kBackwardTiles[i].name == name) return i;
+  return -1;
+}
+
 constexpr bool all_valid() {
   for (const ForwardTile& t : kForwardTiles)
+    if (!valid(t)) return false;
+  for (const BackwardTile& t : kBackwardTiles)
     if (!valid(t)) return false;
   return true;
 }

@@ -30,9 +30,10 @@ struct RingBarriers {
   uint64_t full[kStages];
   uint64_t empty[kStages];
 
-  FAE_DEVICE void init(int consumers) {
+  // How many arrivals fill a buffer (the copy engine's is one) and how many empty it.
+  FAE_DEVICE void init(int consumers, int producers = 1) {
     for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(ptx::shared_address(&full[i]), 1);
+      ptx::mbarrier_init(ptx::shared_address(&full[i]), producers);
       ptx::mbarrier_init(ptx::shared_address(&empty[i]), consumers);
     }
   }
@@ -42,10 +43,17 @@ struct RingBarriers {
   FAE_DEVICE void wait_full(const Ring<kStages>& at, const char* name) const {
     ptx::mbarrier_wait(full_address(at.stage), at.parity, name);
   }
+  FAE_DEVICE bool is_full(const Ring<kStages>& at) const {
+    return ptx::mbarrier_try_wait(full_address(at.stage), at.parity);
+  }
+  FAE_DEVICE bool is_empty(const Ring<kStages>& at) const {
+    return ptx::mbarrier_try_wait(empty_address(at.stage), at.parity ^ 1);
+  }
   // A fresh barrier counts as empty: its phase "before the first" has the other parity.
   FAE_DEVICE void wait_empty(const Ring<kStages>& at, const char* name) const {
     ptx::mbarrier_wait(empty_address(at.stage), at.parity ^ 1, name);
   }
+  FAE_DEVICE void fill(int stage) const { ptx::mbarrier_arrive(full_address(stage)); }
   FAE_DEVICE void release(int stage) const { ptx::mbarrier_arrive(empty_address(stage)); }
 };
 

@@ -23,4 +23,22 @@ FAE_DEVICE void mask_scores(float (&s)[kTiles][4], const IntervalMask& mask, int
   }
 }
 
+// The same with keys along the rows and queries along the columns.
+template <int kTiles>
+FAE_DEVICE void mask_scores_transposed(float (&s)[kTiles][4], const IntervalMask& mask, int first_key, int first_row,
+                                       int lane) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int key = first_key + lane / 4 + 8 * half, at = first_row + 2 * (lane % 4);
+    const Range rows = key < mask.seqlen_k ? mask.rows_of_keys(key, key + 1) : Range{0, 0};
+    const int begin = rows.begin - at, end = rows.end - at;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        if (8 * i + e < begin || 8 * i + e >= end) s[i][2 * half + e] = softmax<float>::neg_inf();
+    }
+  }
+}
+
 }  // namespace fae::tile

@@ -1,0 +1,492 @@
+// Version-2 backward for Hopper (FlashAttention-2, Algorithm 2) with the copy engine and wgmma.
+//
+// One CTA per SM takes key tiles until none is left; for each it walks all query tiles that see it. One thread, the producer,
+// keeps copies under way; two warpgroups own 64 keys each:
+//
+//     producer     K V | Q0 dO0 Q1 dO1 ... | K' V' | Q0' dO0' ...                   waits: kv_empty, q_empty
+//     warpgroup    S^T = K Qj^T, dP^T = V dOj^T                                     waits: kv_full, q_full
+//                  P = exp2(S - lse), dS = P (dP - delta), dS to shared memory      waits: ds_empty
+//                  dV += P^T dOj, dK += dS^T Qj, dQj-1 = dSj-1 K together           waits: ds_full
+//                  dQj-1 added to global memory
+//
+// Scores are computed transposed, keys along the rows: P^T and dS^T are then in registers what the products for dV and dK
+// want as their first operand. Only dQ needs all keys of the tile, so only dS passes through shared memory. Each warpgroup
+// computes half of dQ, and of the query tile before: the other one may be most of a step behind and is not waited for.
+//
+// dQ is summed over key tiles in one of two ways. Unordered: fp32 reductions into an accumulator that was cleared before,
+// converted after. Ordered: key tiles add in a fixed order, each waiting for its predecessor; the first stores instead of
+// adding and the last converts, so nothing is cleared or converted, and the result is the same in every run.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "../../core/params.h"
+#include "../ptx/arithmetic.cuh"
+#include "../ptx/control.cuh"
+#include "../ptx/global_memory.cuh"
+#include "../ptx/shared_memory.cuh"
+#include "../ptx/tma.cuh"
+#include "../ptx/wgmma.cuh"
+#include "../ptx/wgmma_sync.cuh"
+#include "../tile/mask.cuh"
+#include "../tile/mma.cuh"
+#include "../tile/quad.cuh"
+#include "../tile/wgmma_tile.cuh"
+#include "config.h"
+#include "pipeline.cuh"
+#include "tensor_map.h"
+#include "tile_order.h"
+
+namespace fae::sm90 {
+
+struct BackwardLaunch {
+  CUtensorMap q, k, v, dout;
+  TileOrder order;  // of the key tiles
+  float scale_log2, scale;
+  int m_tiles;         // query tiles of a head
+  const float* stats;  // [batch * heads][m_tiles][lse in base 2, delta][tile_m]
+  float* dq;           // [batch * heads][m_tiles][16-row slab][8-column tile][128]
+  int* turns;          // [batch * heads][m_tiles][8 warps]: key tiles that have added; nullptr: unordered
+  bool last_key_first;  // the order of the turns
+  int* next_tile;       // counter from which CTAs draw key tiles, 0 at the start
+};
+
+template <typename T, int kRow, bool kOrdered>
+struct Backward {
+  static constexpr BackwardTile kTile = kBackwardTiles[kRow];
+  static constexpr int kM = kTile.tile_m, kN = kBackwardKeys, kD = kTile.head_dim, kPanels = kTile.panels();
+  static constexpr int kStages = kTile.stages, kKvBuffers = kTile.kv_buffers;
+  static constexpr int kConsumerWarps = 8;
+  static constexpr bool kSplitRows = kM == 128;  // of dQ, between the warpgroups; else its columns
+  static constexpr int kRowsPerWarp = 16;
+
+  using Scores = float[kM / 8][4];
+  using Packed = uint32_t[kM / 16][4];  // A fragments
+  using Gradient = float[kD / 8][4];
+
+  struct Work {  // a key tile; -1: there are no more
+    int n;
+    int b, h_kv;
+  };
+
+  struct Shared {
+    uint8_t k[kKvBuffers][kTile.kv_bytes()];
+    uint8_t v[kKvBuffers][kTile.kv_bytes()];
+    uint8_t q[kStages][kTile.q_bytes()];
+    uint8_t dout[kStages][kTile.q_bytes()];
+    uint8_t ds[kStages][kTile.ds_bytes()];  // [panel of 64 queries][keys][64 queries]
+    alignas(16) float stats[kStages][2 * kM];  // lse in base 2, delta
+    RingBarriers<kKvBuffers> kv_ring;
+    RingBarriers<kStages> q_ring;  // of dO and the statistics as well
+    RingBarriers<kStages> ds_ring;
+    Work work[kKvBuffers];  // beside k and v: the same barriers
+  };
+  static_assert(sizeof(Shared) + tile::kPanelAlignment <= kTile.shared_bytes());
+
+  // The query tiles that see one of the keys [key, end).
+  FAE_DEVICE static Range query_tiles(const IntervalMask& mask, int key, int end) {
+    if (key >= mask.seqlen_k) return {0, 0};
+    const Range rows = mask.rows_of_keys(key, min(end, mask.seqlen_k));
+    if (rows.empty()) return {0, 0};
+    return {rows.begin / kM, (rows.end + kM - 1) / kM};
+  }
+
+  // ---- producer: one thread ----
+
+  FAE_DEVICE static void load_panels(uint8_t* to, int rows, const CUtensorMap* map, uint32_t full, int row, int h, int b) {
+    const uint32_t address = ptx::shared_address(to);
+#pragma unroll
+    for (int i = 0; i < kPanels; ++i)
+      ptx::cp_async_bulk_tensor_4d_load(address + i * tile::panel_bytes(rows), map, full, i * tile::kPanelColumns, row, h,
+                                        b);
+  }
+
+  FAE_DEVICE static void produce(Shared& shared, const BackwardParams& p, const BackwardLaunch& launch) {
+    Ring<kKvBuffers> kv_at;
+    Ring<kStages> q_at;
+    const Sizes& z = p.fwd.sizes;
+    ptx::griddepcontrol_wait();  // the warpgroups touch only what comes through here
+    for (int index = blockIdx.x; index < launch.order.tiles;) {
+      const TileOrder::Tile item = launch.order.at(index);
+      const int b = item.head / z.heads_kv, h_kv = item.head - b * z.heads_kv, n = item.m, group = z.heads_per_kv();
+      const Range tiles = query_tiles(p.fwd.mask(b), n * kN, n * kN + kN);
+      shared.kv_ring.wait_empty(kv_at, "kv_empty");
+      shared.work[kv_at.stage] = {n, b, h_kv};
+      const uint32_t kv_full = shared.kv_ring.full_address(kv_at.stage);
+      ptx::mbarrier_arrive_expect_tx(kv_full, 2 * kTile.kv_bytes());
+      load_panels(shared.k[kv_at.stage], kN, &launch.k, kv_full, n * kN, h_kv, b);
+      load_panels(shared.v[kv_at.stage], kN, &launch.v, kv_full, n * kN, h_kv, b);
+      kv_at.advance();
+      for (int h = h_kv * group; h < (h_kv + 1) * group; ++h) {
+        const float* stats = launch.stats + (int64_t{b} * z.heads + h) * launch.m_tiles * (2 * kM);
+        for (int m = tiles.begin; m < tiles.end; ++m) {
+          shared.q_ring.wait_empty(q_at, "q_empty");
+          const uint32_t full = shared.q_ring.full_address(q_at.stage);
+          ptx::mbarrier_arrive_expect_tx(full, 2 * kTile.q_bytes() + 2 * kM * sizeof(float));
+          load_panels(shared.q[q_at.stage], kM, &launch.q, full, m * kM, h, b);
+          load_panels(shared.dout[q_at.stage], kM, &launch.dout, full, m * kM, h, b);
+          ptx::cp_async_bulk_load(ptx::shared_address(shared.stats[q_at.stage]), stats + int64_t{m} * (2 * kM),
+                                  2 * kM * sizeof(float), full);
+          q_at.advance();
+        }
+      }
+      index = gridDim.x + atomicAdd(launch.next_tile, 1);
+    }
+    ptx::griddepcontrol_launch_dependents();
+    shared.kv_ring.wait_empty(kv_at, "kv_empty");
+    shared.work[kv_at.stage].n = -1;
+    ptx::mbarrier_arrive(shared.kv_ring.full_address(kv_at.stage));
+  }
+
+  // ---- warpgroups ----
+
+  // A query tile whose dQ is still to be added to: its product comes with the next step.
+  struct Owed {
+    int h, m;
+  };
+
+  template <int kDqColumns>
+  struct Consumer {
+    Shared& shared;
+    const BackwardParams& p;
+    const BackwardLaunch& launch;
+    const int warpgroup, warp, lane;  // warp of the warpgroup
+    Ring<kKvBuffers> kv_at{};
+    Ring<kStages> at{};  // of Q and of dS
+
+    using Dq = float[kDqColumns / 8][4];
+
+    FAE_DEVICE Ring<kStages> before() const {
+      return {at.stage == 0 ? kStages - 1 : at.stage - 1, at.stage == 0 ? at.parity ^ 1 : at.parity};
+    }
+
+    FAE_DEVICE uint32_t ds_rows() const {  // this warp's
+      return ptx::shared_address(shared.ds[at.stage]) +
+             (warpgroup * kRowsPerWarpgroup + warp * kRowsPerWarp) * tile::kPanelRowBytes;
+    }
+    // dS of this warp is complete in shared memory.
+    FAE_DEVICE void publish_ds() const {
+      ptx::fence_proxy_async_shared();
+      __syncwarp();
+      if (lane == 0) shared.ds_ring.fill(at.stage);
+    }
+
+    // A query tile that sees none of this warpgroup's keys: its dS is zero.
+    FAE_DEVICE void skip() const {
+      shared.ds_ring.wait_empty(at, "ds_empty");
+      const uint32_t rows = ds_rows(), zeros[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int panel = 0; panel < kM / 64; ++panel) {
+#pragma unroll
+        for (int i = 0; i < kRowsPerWarp / 4; ++i)
+          ptx::st_shared_v4(rows + panel * tile::panel_bytes(kN) + (4 * i + lane / 8) * tile::kPanelRowBytes +
+                                lane % 8 * 16,
+                            zeros);
+      }
+      publish_ds();
+      shared.q_ring.wait_full(at, "q_full of a tile skipped");
+      __syncwarp();
+      if (lane == 0) shared.q_ring.release(at.stage);
+    }
+
+    // This warpgroup's half of dQ: 64 of 128 rows, or one of two panels of columns. dS^T [keys][queries] and K
+    // [keys][columns] both have the keys along the rows.
+    FAE_DEVICE void multiply_dq(Dq& dq, int stage) const {
+      uint32_t ds = ptx::shared_address(shared.ds[stage]), k = ptx::shared_address(shared.k[kv_at.stage]);
+      (kSplitRows ? ds : k) += warpgroup * tile::panel_bytes(kN);
+#pragma unroll
+      for (int i = 0; i < kN / 16; ++i)
+        ptx::wgmma_ss<T, 1, 1>(dq, tile::descriptor_mn_major<kN>(ds) + tile::step_mn_major(i),
+                               tile::descriptor_mn_major<kN>(k) + tile::step_mn_major(i), i > 0);
+    }
+    FAE_DEVICE void settle(const Owed& owed) const {
+      const Ring<kStages> then = before();
+      Dq dq;
+      shared.ds_ring.wait_full(then, "ds_full");
+      ptx::wgmma_fence();
+      multiply_dq(dq, then.stage);
+      ptx::wgmma_commit_group();
+      ptx::wgmma_wait_group<0>();
+      if (lane == 0) shared.ds_ring.release(then.stage);
+      add_dq(dq, owed);
+    }
+
+    template <bool kOwes>
+    FAE_DEVICE void step(Gradient& dk, Gradient& dv, int m, bool fresh, const Owed& owed) const {
+      Scores s, dp;
+      shared.q_ring.wait_full(at, "q_full");
+      const uint32_t q = ptx::shared_address(shared.q[at.stage]), dout = ptx::shared_address(shared.dout[at.stage]);
+      {
+        const uint32_t rows = warpgroup * tile::panel_bytes(kRowsPerWarpgroup);
+        const uint64_t k = tile::descriptor_k_major(ptx::shared_address(shared.k[kv_at.stage]) + rows);
+        const uint64_t v = tile::descriptor_k_major(ptx::shared_address(shared.v[kv_at.stage]) + rows);
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < kD / 16; ++i)
+          ptx::wgmma_ss<T, 0, 0>(s, k + tile::step_k_major<kN>(i),
+                                 tile::descriptor_k_major(q) + tile::step_k_major<kM>(i), i > 0);
+        ptx::wgmma_commit_group();
+#pragma unroll
+        for (int i = 0; i < kD / 16; ++i)
+          ptx::wgmma_ss<T, 0, 0>(dp, v + tile::step_k_major<kN>(i),
+                                 tile::descriptor_k_major(dout) + tile::step_k_major<kM>(i), i > 0);
+        ptx::wgmma_commit_group();
+        ptx::wgmma_wait_group<1>();
+      }
+      {
+        const Work& work = shared.work[kv_at.stage];
+        const IntervalMask mask = p.fwd.mask(work.b);
+        const int row = m * kM, key = work.n * kN + warpgroup * kRowsPerWarpgroup;
+        if (!mask.tile_is_full(row, min(row + kM, mask.seqlen_q), key, key + kRowsPerWarpgroup))
+          tile::mask_scores_transposed(s, mask, key + warp * kRowsPerWarp, row, lane);
+      }
+      const float* stats = shared.stats[at.stage] + 2 * (lane % 4);
+#pragma unroll
+      for (int i = 0; i < kM / 8; ++i) {
+        const float2 lse = *reinterpret_cast<const float2*>(stats + 8 * i);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          s[i][2 * half] = ptx::ex2_approx(fmaf(s[i][2 * half], launch.scale_log2, -lse.x));
+          s[i][2 * half + 1] = ptx::ex2_approx(fmaf(s[i][2 * half + 1], launch.scale_log2, -lse.y));
+        }
+      }
+      ptx::wgmma_wait_group<0>();
+      // P is packed no sooner than dS: until then it is needed in full.
+      Packed packed_p, packed_ds;
+#pragma unroll
+      for (int i = 0; i < kM / 8; ++i) {
+        const float2 delta = *reinterpret_cast<const float2*>(stats + kM + 8 * i);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float x = s[i][2 * half], y = s[i][2 * half + 1];
+          packed_ds[i / 2][2 * (i % 2) + half] =
+              tile::Mma<T>::pack(x * (dp[i][2 * half] - delta.x), y * (dp[i][2 * half + 1] - delta.y));
+          packed_p[i / 2][2 * (i % 2) + half] = tile::Mma<T>::pack(x, y);
+        }
+      }
+      shared.ds_ring.wait_empty(at, "ds_empty");
+      const uint32_t rows = ds_rows();
+#pragma unroll
+      for (int i = 0; i < kM / 16; ++i)
+        ptx::stmatrix_x4(rows + (i / 4) * tile::panel_bytes(kN) + tile::chunk_offset(lane % 16, 2 * i % 8 + lane / 16),
+                         packed_ds[i][0], packed_ds[i][1], packed_ds[i][2], packed_ds[i][3]);
+      publish_ds();
+
+      const Ring<kStages> then = before();
+      Dq dq;
+      if constexpr (kOwes) {
+        shared.ds_ring.wait_full(then, "ds_full");
+        ptx::wgmma_fence();
+        multiply_dq(dq, then.stage);
+        ptx::wgmma_commit_group();
+      }
+      ptx::wgmma_fence();
+#pragma unroll
+      for (int i = 0; i < kM / 16; ++i)
+        ptx::wgmma_rs<T, 1>(dv, packed_p[i], tile::descriptor_mn_major<kM>(dout) + tile::step_mn_major(i), i > 0 || !fresh);
+#pragma unroll
+      for (int i = 0; i < kM / 16; ++i)
+        ptx::wgmma_rs<T, 1>(dk, packed_ds[i], tile::descriptor_mn_major<kM>(q) + tile::step_mn_major(i), i > 0 || !fresh);
+      ptx::wgmma_commit_group();
+      if constexpr (kOwes && !kOrdered) {  // what leaves for global memory does so beside dV and dK
+        ptx::wgmma_wait_group<1>();
+        if (lane == 0) shared.ds_ring.release(then.stage);
+        add_dq(dq, owed);
+      }
+      ptx::wgmma_wait_group<0>();
+      if (lane == 0) shared.q_ring.release(at.stage);
+      if constexpr (kOwes && kOrdered) {
+        if (lane == 0) shared.ds_ring.release(then.stage);
+        add_dq(dq, owed);
+      }
+    }
+
+    struct Turn {  // of a query tile: which of its key tiles this one is
+      int before;  // key tiles that have to come first
+      bool first, last;
+    };
+    FAE_DEVICE Turn turn_of(const Work& work, int m) const {
+      const IntervalMask mask = p.fwd.mask(work.b);
+      const Range keys = mask.keys_of_rows(m * kM, min(m * kM + kM, mask.seqlen_q));
+      const int begin = keys.begin / kN, end = (keys.end + kN - 1) / kN;
+      const int before = launch.last_key_first ? end - 1 - work.n : work.n - begin;
+      return {before, before == 0, before == end - 1 - begin};
+    }
+
+    FAE_DEVICE void add_dq(const Dq& dq, const Owed& owed) const {
+      constexpr int kTiles = kDqColumns / 8;
+      const Work& work = shared.work[kv_at.stage];
+      const int64_t tile = (int64_t{work.b} * p.fwd.sizes.heads + owed.h) * launch.m_tiles + owed.m;
+      const int slab = (kSplitRows ? warpgroup * 4 : 0) + warp;
+      float* const to = launch.dq + tile * (kM * kD) + slab * (kRowsPerWarp * kD) +
+                        (kSplitRows ? 0 : warpgroup * (tile::kPanelColumns / 8) * 128) + lane * 4;
+      if constexpr (!kOrdered) {
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) ptx::red_add_v4(to + i * 128, dq[i][0], dq[i][1], dq[i][2], dq[i][3]);
+      } else {
+        const Turn turn = turn_of(work, owed.m);
+        int* const turns = launch.turns + (tile * 8 + warpgroup * 4 + warp);
+        if (turn.before > 0) {
+          if (lane == 0)
+            while (ptx::ld_acquire(turns) < turn.before) {
+            }
+          __syncwarp();
+        }
+        if (turn.last) return store_dq(dq, to, turn.first, work.b, owed.h, owed.m * kM + slab * kRowsPerWarp);
+        if (turn.first) {
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) ptx::st_v4(to + i * 128, dq[i][0], dq[i][1], dq[i][2], dq[i][3]);
+        } else {
+#pragma unroll
+          for (int i = 0; i < kTiles; ++i) ptx::red_add_v4(to + i * 128, dq[i][0], dq[i][1], dq[i][2], dq[i][3]);
+        }
+        __syncwarp();
+        if (lane == 0) {
+          __threadfence();
+          ptx::red_release(turns, 1);
+        }
+      }
+    }
+
+    // The last key tile of a query tile: what the others added, and its own, become the result.
+    FAE_DEVICE void store_dq(const Dq& dq, const float* from, bool alone, int b, int h, int row) const {
+      const int t = lane % 4, first_column = kSplitRows ? 0 : warpgroup * tile::kPanelColumns;
+#pragma unroll
+      for (int i = 0; i < kDqColumns / 8; i += 4) {
+        uint32_t x[2][4];
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const int from_tile = i + k < kDqColumns / 8 ? i + k : i;
+          float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+          if (!alone) sum = __ldcg(reinterpret_cast<const float4*>(from + from_tile * 128));
+          const float(&own)[4] = dq[from_tile];
+          x[0][k] = tile::Mma<T>::pack((sum.x + own[0]) * launch.scale, (sum.y + own[1]) * launch.scale);
+          x[1][k] = tile::Mma<T>::pack((sum.z + own[2]) * launch.scale, (sum.w + own[3]) * launch.scale);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          tile::transpose_quad(x[half], t);
+          const int r = row + lane / 4 + 8 * half, c = first_column + 8 * (i + t);
+          if (r < p.fwd.sizes.seqlen_q && 8 * (i + t) < kDqColumns && c < p.fwd.sizes.head_dim)
+            *reinterpret_cast<uint4*>(p.dq.row<T>(b, h, r) + c) =
+                make_uint4(x[half][0], x[half][1], x[half][2], x[half][3]);
+        }
+      }
+    }
+
+    FAE_DEVICE void store(const Gradient& g, float scale, const TensorRef& out, const Work& work, int row, int columns) const {
+      const int t = lane % 4;
+#pragma unroll
+      for (int i = 0; i < kD / 8; i += 4) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          uint32_t x[4];
+#pragma unroll
+          for (int k = 0; k < 4; ++k) {
+            const int at = i + k < kD / 8 ? i + k : i;  // a head dimension of 80: lanes beyond it store nothing
+            x[k] = tile::Mma<T>::pack(g[at][2 * half] * scale, g[at][2 * half + 1] * scale);
+          }
+          tile::transpose_quad(x, t);
+          const int r = row + lane / 4 + 8 * half, column = 8 * (i + t);
+          if (r < p.fwd.sizes.seqlen_k && column < columns)
+            *reinterpret_cast<uint4*>(out.row<T>(work.b, work.h_kv, r) + column) = make_uint4(x[0], x[1], x[2], x[3]);
+        }
+      }
+    }
+    FAE_DEVICE void store_zeros(const TensorRef& out, const Work& work, int row, int columns) const {
+      for (int r = row; r < min(row + kRowsPerWarp, p.fwd.sizes.seqlen_k); ++r)
+        for (int c = lane; c < columns; c += 32) out.row<T>(work.b, work.h_kv, r)[c] = tile::from_float<T>(0.0f);
+    }
+
+    FAE_DEVICE void run() {
+      Gradient dk, dv;
+      const Sizes& z = p.fwd.sizes;
+      for (;; kv_at.advance()) {
+        shared.kv_ring.wait_full(kv_at, "kv_full");
+        const Work work = shared.work[kv_at.stage];
+        if (work.n < 0) break;
+        const IntervalMask mask = p.fwd.mask(work.b);
+        const int key = work.n * kN + warpgroup * kRowsPerWarpgroup;
+        const Range all = query_tiles(mask, work.n * kN, work.n * kN + kN);
+        const Range mine = query_tiles(mask, key, key + kRowsPerWarpgroup);
+        bool fresh = true, owes = false;
+        Owed owed{};
+        const int group = z.heads_per_kv();
+        for (int h = work.h_kv * group; h < (work.h_kv + 1) * group; ++h) {
+          for (int m = all.begin; m < all.end; ++m) {
+            if (m < mine.begin || m >= mine.end) {
+              skip();
+              if (owes) settle(owed);
+            } else {
+              if (owes)
+                step<true>(dk, dv, m, fresh, owed);
+              else
+                step<false>(dk, dv, m, fresh, owed);
+              fresh = false;
+            }
+            at.advance();
+            owes = true;
+            owed = {h, m};
+          }
+        }
+        if (owes) settle(owed);
+        __syncwarp();
+        if (lane == 0) shared.kv_ring.release(kv_at.stage);
+        const int row = key + warp * kRowsPerWarp;
+        if (fresh) {
+          store_zeros(p.dk, work, row, z.head_dim);
+          store_zeros(p.dv, work, row, z.head_dim_v);
+        } else {
+          store(dv, 1.0f, p.dv, work, row, z.head_dim_v);
+          store(dk, launch.scale, p.dk, work, row, z.head_dim);
+        }
+      }
+    }
+  };
+
+  FAE_DEVICE static void init(Shared& shared) {
+    shared.kv_ring.init(kConsumerWarps);
+    shared.q_ring.init(kConsumerWarps);
+    shared.ds_ring.init(kConsumerWarps, kConsumerWarps);
+    ptx::fence_mbarrier_init();
+  }
+};
+
+template <typename T, int kRow, bool kOrdered>
+__global__ void __launch_bounds__(BackwardTile::kThreads, 1)
+    backward_v2_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  using Kernel = Backward<T, kRow, kOrdered>;
+  extern __shared__ uint8_t bytes[];
+  const uint32_t misaligned = ptx::shared_address(bytes) % tile::kPanelAlignment;
+  auto& shared = *reinterpret_cast<typename Kernel::Shared*>(
+      bytes + (misaligned == 0 ? 0 : tile::kPanelAlignment - misaligned));
+  if (threadIdx.x == 0) {
+    ptx::prefetch_tensormap(&launch.q);
+    ptx::prefetch_tensormap(&launch.k);
+    ptx::prefetch_tensormap(&launch.v);
+    ptx::prefetch_tensormap(&launch.dout);
+    Kernel::init(shared);
+  }
+  __syncthreads();
+  // Broadcast, so that the compiler knows the branches below to be uniform.
+  const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0), warpgroup = warp / 4;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  if (warpgroup == 2) {
+    ptx::setmaxnreg_dec<BackwardTile::kProducerRegisters>();
+    if (warp % 4 == 0 && ptx::elect_one()) Kernel::produce(shared, p, launch);
+  } else {
+    ptx::setmaxnreg_inc<BackwardTile::kConsumerRegisters>();
+    constexpr int kPanel = tile::kPanelColumns, kRest = Kernel::kD - (Kernel::kPanels - 1) * kPanel;
+    if (kRest == kPanel || warpgroup == 0)
+      typename Kernel::template Consumer<kPanel>{shared, p, launch, warpgroup, warp % 4, lane}.run();
+    else
+      typename Kernel::template Consumer<kRest>{shared, p, launch, warpgroup, warp % 4, lane}.run();
+  }
+#else
+  (void)p, (void)launch;
+#endif
+}
+
+}  // namespace fae::sm90
