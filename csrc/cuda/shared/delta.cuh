@@ -25,10 +25,8 @@ struct DeltaLaunch {
   int tile_floats;     // of one tile of the accumulator
   float* stats;        // [batch][heads][m_tiles][lse2, delta][tile_m]
   float* accumulator;  // [batch][heads][m_tiles][tile_floats]: cleared
-  int* semaphores;     // [batch][heads][m_tiles][semaphores_per_tile]: cleared; nullptr: there are none
-  int semaphores_per_tile = 1;
-  int* counter = nullptr;  // cleared
-  bool clear_unseen_dq = false;  // dQ of tiles that see no key is written here, since no key tile comes by to do it
+  int* semaphores;     // [batch][heads][m_tiles]: cleared; nullptr: there are none
+  int* counters = nullptr;  // two of them: cleared
 };
 
 template <typename T>
@@ -69,21 +67,14 @@ __global__ void __launch_bounds__(kDeltaThreads)
   ptx::griddepcontrol_launch_dependents();
   ptx::griddepcontrol_wait();
 #endif
-  if (launch.counter != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *launch.counter = 0;
+  if (launch.counters != nullptr && blockIdx.x == 0 && threadIdx.x < 2) launch.counters[threadIdx.x] = 0;
   const int64_t tile = blockIdx.x, bh = tile / launch.m_tiles, b = bh / p.fwd.sizes.heads;
   const int h = static_cast<int>(bh % p.fwd.sizes.heads), m0 = static_cast<int>(tile % launch.m_tiles) * launch.tile_m;
   const int seqlen_q = p.fwd.seq(b).seqlen_q;
 
   float4* cleared = reinterpret_cast<float4*>(launch.accumulator + tile * launch.tile_floats);
   for (int i = threadIdx.x; i < launch.tile_floats / 4; i += kDeltaThreads) cleared[i] = make_float4(0, 0, 0, 0);
-  if (launch.semaphores != nullptr && threadIdx.x < launch.semaphores_per_tile)
-    launch.semaphores[tile * launch.semaphores_per_tile + threadIdx.x] = 0;
-  if (launch.clear_unseen_dq && p.fwd.mask(b).keys_of_rows(m0, min(m0 + launch.tile_m, seqlen_q)).empty()) {
-    for (int i = threadIdx.x; i < launch.tile_m * p.fwd.sizes.head_dim; i += kDeltaThreads) {
-      const int r = i / p.fwd.sizes.head_dim, c = i - r * p.fwd.sizes.head_dim;
-      if (m0 + r < seqlen_q) p.dq.row<T>(b, h, m0 + r)[c] = tile::from_float<T>(0.0f);
-    }
-  }
+  if (launch.semaphores != nullptr && threadIdx.x == 0) launch.semaphores[tile] = 0;
 
   float* stats = launch.stats + tile * 2 * launch.tile_m;
   const int lane = threadIdx.x % kDeltaLanes;

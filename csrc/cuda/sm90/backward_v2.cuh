@@ -13,9 +13,8 @@
 // want as their first operand. Only dQ needs all keys of the tile, so only dS passes through shared memory. Each warpgroup
 // computes half of dQ, and of the query tile before: the other one may be most of a step behind and is not waited for.
 //
-// dQ is summed over key tiles in one of two ways. Unordered: fp32 reductions into an accumulator that was cleared before,
-// converted after. Ordered: key tiles add in a fixed order, each waiting for its predecessor; the first stores instead of
-// adding and the last converts, so nothing is cleared or converted, and the result is the same in every run.
+// dQ is summed over key tiles by fp32 reductions, in any order, into an accumulator that is cleared before and converted
+// after. Without dQ, which another kernel then computes, the warpgroups share nothing but their inputs.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -47,12 +46,10 @@ struct BackwardLaunch {
   int m_tiles;         // query tiles of a head
   const float* stats;  // [batch * heads][m_tiles][lse in base 2, delta][tile_m]
   float* dq;           // [batch * heads][m_tiles][16-row slab][8-column tile][128]
-  int* turns;          // [batch * heads][m_tiles][8 warps]: key tiles that have added; nullptr: unordered
-  bool last_key_first;  // the order of the turns
-  int* next_tile;       // counter from which CTAs draw key tiles, 0 at the start
+  int* next_tile;      // counter from which CTAs draw key tiles, 0 at the start
 };
 
-template <typename T, int kRow, bool kOrdered>
+template <typename T, int kRow, bool kWithDq>
 struct Backward {
   static constexpr BackwardTile kTile = kBackwardTiles[kRow];
   static constexpr int kM = kTile.tile_m, kN = kBackwardKeys, kD = kTile.head_dim, kPanels = kTile.panels();
@@ -174,17 +171,19 @@ struct Backward {
 
     // A query tile that sees none of this warpgroup's keys: its dS is zero.
     FAE_DEVICE void skip() const {
-      shared.ds_ring.wait_empty(at, "ds_empty");
-      const uint32_t rows = ds_rows(), zeros[4] = {0, 0, 0, 0};
+      if constexpr (kWithDq) {
+        shared.ds_ring.wait_empty(at, "ds_empty");
+        const uint32_t rows = ds_rows(), zeros[4] = {0, 0, 0, 0};
 #pragma unroll
-      for (int panel = 0; panel < kM / 64; ++panel) {
+        for (int panel = 0; panel < kM / 64; ++panel) {
 #pragma unroll
-        for (int i = 0; i < kRowsPerWarp / 4; ++i)
-          ptx::st_shared_v4(rows + panel * tile::panel_bytes(kN) + (4 * i + lane / 8) * tile::kPanelRowBytes +
-                                lane % 8 * 16,
-                            zeros);
+          for (int i = 0; i < kRowsPerWarp / 4; ++i)
+            ptx::st_shared_v4(rows + panel * tile::panel_bytes(kN) + (4 * i + lane / 8) * tile::kPanelRowBytes +
+                                  lane % 8 * 16,
+                              zeros);
+        }
+        publish_ds();
       }
-      publish_ds();
       shared.q_ring.wait_full(at, "q_full of a tile skipped");
       __syncwarp();
       if (lane == 0) shared.q_ring.release(at.stage);
@@ -265,13 +264,15 @@ struct Backward {
           packed_p[i / 2][2 * (i % 2) + half] = tile::Mma<T>::pack(x, y);
         }
       }
-      shared.ds_ring.wait_empty(at, "ds_empty");
-      const uint32_t rows = ds_rows();
+      if constexpr (kWithDq) {
+        shared.ds_ring.wait_empty(at, "ds_empty");
+        const uint32_t rows = ds_rows();
 #pragma unroll
-      for (int i = 0; i < kM / 16; ++i)
-        ptx::stmatrix_x4(rows + (i / 4) * tile::panel_bytes(kN) + tile::chunk_offset(lane % 16, 2 * i % 8 + lane / 16),
-                         packed_ds[i][0], packed_ds[i][1], packed_ds[i][2], packed_ds[i][3]);
-      publish_ds();
+        for (int i = 0; i < kM / 16; ++i)
+          ptx::stmatrix_x4(rows + (i / 4) * tile::panel_bytes(kN) + tile::chunk_offset(lane % 16, 2 * i % 8 + lane / 16),
+                           packed_ds[i][0], packed_ds[i][1], packed_ds[i][2], packed_ds[i][3]);
+        publish_ds();
+      }
 
       const Ring<kStages> then = before();
       Dq dq;
@@ -289,29 +290,13 @@ struct Backward {
       for (int i = 0; i < kM / 16; ++i)
         ptx::wgmma_rs<T, 1>(dk, packed_ds[i], tile::descriptor_mn_major<kM>(q) + tile::step_mn_major(i), i > 0 || !fresh);
       ptx::wgmma_commit_group();
-      if constexpr (kOwes && !kOrdered) {  // what leaves for global memory does so beside dV and dK
+      if constexpr (kOwes) {  // what leaves for global memory does so beside dV and dK
         ptx::wgmma_wait_group<1>();
         if (lane == 0) shared.ds_ring.release(then.stage);
         add_dq(dq, owed);
       }
       ptx::wgmma_wait_group<0>();
       if (lane == 0) shared.q_ring.release(at.stage);
-      if constexpr (kOwes && kOrdered) {
-        if (lane == 0) shared.ds_ring.release(then.stage);
-        add_dq(dq, owed);
-      }
-    }
-
-    struct Turn {  // of a query tile: which of its key tiles this one is
-      int before;  // key tiles that have to come first
-      bool first, last;
-    };
-    FAE_DEVICE Turn turn_of(const Work& work, int m) const {
-      const IntervalMask mask = p.fwd.mask(work.b);
-      const Range keys = mask.keys_of_rows(m * kM, min(m * kM + kM, mask.seqlen_q));
-      const int begin = keys.begin / kN, end = (keys.end + kN - 1) / kN;
-      const int before = launch.last_key_first ? end - 1 - work.n : work.n - begin;
-      return {before, before == 0, before == end - 1 - begin};
     }
 
     FAE_DEVICE void add_dq(const Dq& dq, const Owed& owed) const {
@@ -321,58 +306,8 @@ struct Backward {
       const int slab = (kSplitRows ? warpgroup * 4 : 0) + warp;
       float* const to = launch.dq + tile * (kM * kD) + slab * (kRowsPerWarp * kD) +
                         (kSplitRows ? 0 : warpgroup * (tile::kPanelColumns / 8) * 128) + lane * 4;
-      if constexpr (!kOrdered) {
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) ptx::red_add_v4(to + i * 128, dq[i][0], dq[i][1], dq[i][2], dq[i][3]);
-      } else {
-        const Turn turn = turn_of(work, owed.m);
-        int* const turns = launch.turns + (tile * 8 + warpgroup * 4 + warp);
-        if (turn.before > 0) {
-          if (lane == 0)
-            while (ptx::ld_acquire(turns) < turn.before) {
-            }
-          __syncwarp();
-        }
-        if (turn.last) return store_dq(dq, to, turn.first, work.b, owed.h, owed.m * kM + slab * kRowsPerWarp);
-        if (turn.first) {
-#pragma unroll
-          for (int i = 0; i < kTiles; ++i) ptx::st_v4(to + i * 128, dq[i][0], dq[i][1], dq[i][2], dq[i][3]);
-        } else {
-#pragma unroll
-          for (int i = 0; i < kTiles; ++i) ptx::red_add_v4(to + i * 128, dq[i][0], dq[i][1], dq[i][2], dq[i][3]);
-        }
-        __syncwarp();
-        if (lane == 0) {
-          __threadfence();
-          ptx::red_release(turns, 1);
-        }
-      }
-    }
-
-    // The last key tile of a query tile: what the others added, and its own, become the result.
-    FAE_DEVICE void store_dq(const Dq& dq, const float* from, bool alone, int b, int h, int row) const {
-      const int t = lane % 4, first_column = kSplitRows ? 0 : warpgroup * tile::kPanelColumns;
-#pragma unroll
-      for (int i = 0; i < kDqColumns / 8; i += 4) {
-        uint32_t x[2][4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const int from_tile = i + k < kDqColumns / 8 ? i + k : i;
-          float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-          if (!alone) sum = __ldcg(reinterpret_cast<const float4*>(from + from_tile * 128));
-          const float(&own)[4] = dq[from_tile];
-          x[0][k] = tile::Mma<T>::pack((sum.x + own[0]) * launch.scale, (sum.y + own[1]) * launch.scale);
-          x[1][k] = tile::Mma<T>::pack((sum.z + own[2]) * launch.scale, (sum.w + own[3]) * launch.scale);
-        }
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          tile::transpose_quad(x[half], t);
-          const int r = row + lane / 4 + 8 * half, c = first_column + 8 * (i + t);
-          if (r < p.fwd.sizes.seqlen_q && 8 * (i + t) < kDqColumns && c < p.fwd.sizes.head_dim)
-            *reinterpret_cast<uint4*>(p.dq.row<T>(b, h, r) + c) =
-                make_uint4(x[half][0], x[half][1], x[half][2], x[half][3]);
-        }
-      }
+      for (int i = 0; i < kTiles; ++i) ptx::red_add_v4(to + i * 128, dq[i][0], dq[i][1], dq[i][2], dq[i][3]);
     }
 
     FAE_DEVICE void store(const Gradient& g, float scale, const TensorRef& out, const Work& work, int row, int columns) const {
@@ -426,7 +361,7 @@ struct Backward {
               fresh = false;
             }
             at.advance();
-            owes = true;
+            owes = kWithDq;
             owed = {h, m};
           }
         }
@@ -453,11 +388,11 @@ struct Backward {
   }
 };
 
-template <typename T, int kRow, bool kOrdered>
+template <typename T, int kRow, bool kWithDq>
 __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
     backward_v2_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Kernel = Backward<T, kRow, kOrdered>;
+  using Kernel = Backward<T, kRow, kWithDq>;
   extern __shared__ uint8_t bytes[];
   const uint32_t misaligned = ptx::shared_address(bytes) % tile::kPanelAlignment;
   auto& shared = *reinterpret_cast<typename Kernel::Shared*>(

@@ -111,11 +111,91 @@ constexpr int backward_row(std::string_view name) {
   return -1;
 }
 
+// The kernel for dQ of the backward in two kernels.
+struct DqTile {
+  std::string_view name;
+  int element_bytes;
+  int head_dim;
+  int warpgroups;  // consumers, 64 query rows each
+  int tile_n;      // keys
+  int k_stages, v_stages;  // tiles of K and of V under way
+  int q_buffers;           // 2: the next tile's Q and dO come in early
+  std::string_view why;
+
+  constexpr int tile_m() const { return warpgroups * kRowsPerWarpgroup; }
+  constexpr int panels() const { return tile::panels_of(head_dim); }
+  constexpr int threads() const { return (warpgroups + 1) * kWarpgroup; }
+  constexpr int consumer_registers() const { return warpgroups == 2 ? 240 : 160; }
+  constexpr int producer_registers() const { return warpgroups == 2 ? 24 : 32; }
+  constexpr int q_bytes() const { return panels() * tile::panel_bytes(tile_m()); }
+  constexpr int kv_bytes() const { return panels() * tile::panel_bytes(tile_n); }
+  constexpr int shared_bytes() const {
+    return tile::kPanelAlignment + 2 * q_buffers * q_bytes() + (k_stages + v_stages) * kv_bytes() + kBarrierBytes;
+  }
+};
+
+// {name, element_bytes, head_dim, warpgroups, tile_n, k_stages, v_stages, q_buffers, why}
+inline constexpr DqTile kDqTiles[] = {
+    {"sm90_dq_d64", 2, 64, 3, 64, 3, 3, 2, "to be measured"},
+    {"sm90_dq_d64_n128", 2, 64, 2, 128, 3, 2, 2, "to be measured"},
+    {"sm90_dq_d128", 2, 128, 3, 64, 3, 3, 1, "to be measured"},
+    {"sm90_dq_d128_m128", 2, 128, 2, 64, 3, 2, 2, "to be measured"},
+    {"sm90_dq_d192", 2, 192, 2, 64, 3, 2, 1, "to be measured"},
+    {"sm90_dq_d256", 2, 256, 2, 64, 2, 1, 1, "to be measured"},
+};
+
+constexpr bool valid(const DqTile& t) {
+  return t.shared_bytes() <= kSharedBytesPerCta && t.tile_n % 16 == 0 && t.kv_bytes() % tile::kPanelAlignment == 0;
+}
+
+constexpr int dq_row(std::string_view name) {
+  for (int i = 0; i < static_cast<int>(sizeof(kDqTiles) / sizeof(kDqTiles[0])); ++i)
+    if (kDqTiles[i].name == name) return i;
+  return -1;
+}
+
+// The kernel for dK and dV of the backward in two kernels, where one does not do for dQ as well: 64 keys a tile.
+struct DkvTile {
+  std::string_view name;
+  int element_bytes;
+  int head_dim;
+  int tile_m;  // queries of a step
+  int stages;  // tiles of Q and of dO under way
+  std::string_view why;
+
+  static constexpr int kThreads = 3 * kWarpgroup;  // two that compute, one that copies
+  static constexpr int kConsumerRegisters = 240, kProducerRegisters = 24;
+
+  constexpr int panels() const { return tile::panels_of(head_dim); }
+  constexpr int kv_bytes() const { return panels() * tile::panel_bytes(kRowsPerWarpgroup); }
+  constexpr int q_bytes() const { return panels() * tile::panel_bytes(tile_m); }
+  constexpr int shared_bytes() const {
+    return tile::kPanelAlignment + 2 * kv_bytes() + 2 * stages * q_bytes() + 2 * kWarpgroup * tile_m + stages * 8 * tile_m +
+           kBarrierBytes;
+  }
+};
+
+// {name, element_bytes, head_dim, tile_m, stages, why}
+inline constexpr DkvTile kDkvTiles[] = {
+    {"sm90_dkv_d192", 2, 192, 64, 2, "to be measured"},
+    {"sm90_dkv_d256", 2, 256, 64, 2, "to be measured"},
+};
+
+constexpr int dkv_row(std::string_view name) {
+  for (int i = 0; i < static_cast<int>(sizeof(kDkvTiles) / sizeof(kDkvTiles[0])); ++i)
+    if (kDkvTiles[i].name == name) return i;
+  return -1;
+}
+
 constexpr bool all_valid() {
   for (const ForwardTile& t : kForwardTiles)
     if (!valid(t)) return false;
   for (const BackwardTile& t : kBackwardTiles)
     if (!valid(t)) return false;
+  for (const DqTile& t : kDqTiles)
+    if (!valid(t)) return false;
+  for (const DkvTile& t : kDkvTiles)
+    if (t.shared_bytes() > kSharedBytesPerCta) return false;
   return true;
 }
 static_assert(all_valid(), "a tile does not fit shared memory, or the ring of keys is too short for its rows");

@@ -1,140 +1,220 @@
-// Host side of the Hopper backward: delta, the kernel, where dQ is summed out of order its conversion; their workspace.
+// Host side of the Hopper backward: delta, then one kernel that also sums dQ, or one for dK and dV and one for dQ; their
+// workspace.
 #pragma once
 
 #include "../registry.h"
 #include "../shared/convert.cuh"
 #include "../shared/delta.cuh"
 #include "../shared/launch.h"
+#include "backward_dkv.cuh"
+#include "backward_dq.cuh"
 #include "backward_v2.cuh"
 #include "launch.h"
 
 namespace fae::sm90 {
 
 #if defined(FAE_DEV)
-inline int dev_ordered = -1, dev_section_mb = 16, dev_last_tiles = 800;
+inline int dev_split = -1, dev_section_mb = 16, dev_last_tiles = 800;
 #else
-constexpr int dev_ordered = -1, dev_section_mb = 16, dev_last_tiles = 800;
+constexpr int dev_split = -1, dev_section_mb = 16, dev_last_tiles = 800;
 #endif
 
-inline bool adds_in_order(const BackwardParams& p) {
-  if (dev_ordered >= 0) return dev_ordered;
+// Whether dQ has a kernel of its own. That is the same in every run; and where sequences are short its two products more cost
+// less than an fp32 dQ that is cleared, added to and converted.
+inline bool splits_dq(const BackwardParams& p) {
+  if (dev_split >= 0) return dev_split;
   return p.deterministic;
 }
 
 // The workspace, in this order; `base` nullptr counts only.
 struct BackwardWorkspace {
-  int* next_tile;
+  int* next_tiles;  // two counters
   float* stats;
-  float* dq;
-  int* turns;
+  float* dq;  // nullptr: a kernel of its own writes it
   size_t bytes;
 
-  static BackwardWorkspace lay_out(const BackwardTile& t, const BackwardParams& p, char* base) {
+  static BackwardWorkspace lay_out(int tile_m, int head_dim, bool split, const BackwardParams& p, char* base) {
     const Sizes& z = p.fwd.sizes;
-    const size_t tiles = static_cast<size_t>(z.batch) * z.heads * cuda::ceil_div(z.seqlen_q, t.tile_m);
-    const size_t stats_at = cuda::kWorkspaceAlignment;
-    const size_t dq_at = stats_at + cuda::align_up(tiles * 2 * t.tile_m * sizeof(float));
-    const size_t turns_at = dq_at + cuda::align_up(tiles * t.tile_m * t.head_dim * sizeof(float));
-    const size_t bytes = turns_at + (adds_in_order(p) ? tiles * 8 * sizeof(int) : 0);
-    return {reinterpret_cast<int*>(base), reinterpret_cast<float*>(base + stats_at), reinterpret_cast<float*>(base + dq_at),
-            adds_in_order(p) ? reinterpret_cast<int*>(base + turns_at) : nullptr, bytes};
+    const size_t rows = static_cast<size_t>(z.batch) * z.heads * cuda::ceil_div(z.seqlen_q, tile_m) * tile_m;
+    const size_t stats_at = cuda::kWorkspaceAlignment, dq_at = stats_at + cuda::align_up(rows * 2 * sizeof(float));
+    return {reinterpret_cast<int*>(base), reinterpret_cast<float*>(base + stats_at),
+            split ? nullptr : reinterpret_cast<float*>(base + dq_at),
+            split ? dq_at : dq_at + rows * head_dim * sizeof(float)};
   }
 };
 
-template <int kRow>
-size_t backward_v2_workspace(const cuda::Call& call) {
-  return BackwardWorkspace::lay_out(kBackwardTiles[kRow], call.p, nullptr).bytes;
-}
-
-inline TileOrder key_tile_order(const BackwardParams& p, bool ordered) {
-  const Sizes& z = p.fwd.sizes;
+// Heads whose K and V, or Q, dO and dQ, are walked together are taken as sections of some MB; see tile_order.h.
+inline TileOrder backward_order(int64_t tiles_per_head, int64_t heads, int64_t heads_per_group, int64_t group_bytes,
+                                bool last_first, bool unequal) {
   TileOrder order{};
-  order.m_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_k, kBackwardKeys));
-  order.heads = static_cast<int>(z.batch * z.heads_kv);
+  order.m_tiles = static_cast<int>(tiles_per_head);
+  order.heads = static_cast<int>(heads);
   order.splits = 1;
-  order.tiles = order.m_tiles * order.heads;
-  const bool unequal = p.fwd.mask_spec.window_right < kOpenDistance;
-  order.last_first = ordered && unequal;
-  const int64_t head_bytes = int64_t{8} * z.seqlen_q * z.head_dim * z.heads_per_kv();
-  const int64_t section = (int64_t{dev_section_mb} << 20) / head_bytes;
-  order.section = static_cast<int>(section < 1 ? 1 : section < order.heads ? section : order.heads);
-  int64_t last = order.heads % order.section == 0 ? order.section : order.heads % order.section;
-  if (unequal && !ordered)
-    while (last * order.m_tiles < dev_last_tiles && last + order.section <= order.heads &&
-           (last + order.section) * head_bytes <= (int64_t{32} << 20))
+  order.tiles = static_cast<int>(tiles_per_head * heads);
+  order.last_first = last_first;
+  const int64_t groups = (int64_t{dev_section_mb} << 20) / group_bytes;
+  const int64_t section = (groups < 1 ? 1 : groups) * heads_per_group;
+  order.section = static_cast<int>(section < heads ? section : heads);
+  int64_t last = heads % order.section == 0 ? order.section : heads % order.section;
+  const int64_t most = (int64_t{32} << 20) / group_bytes * heads_per_group;
+  if (unequal)
+    while (last * tiles_per_head < dev_last_tiles && last + order.section <= (most < heads ? most : heads))
       last += order.section;
-  order.sections = static_cast<int>((order.heads - last) / order.section) + 1;
+  order.sections = static_cast<int>((heads - last) / order.section) + 1;
   return order;
 }
 
+inline bool is_causal(const BackwardParams& p) { return p.fwd.mask_spec.window_right < kOpenDistance; }
+
+inline TileOrder key_tile_order(const BackwardParams& p, int tile_n) {
+  const Sizes& z = p.fwd.sizes;
+  const int64_t bytes = int64_t{8} * z.seqlen_q * z.head_dim * z.heads_per_kv();
+  return backward_order(cuda::ceil_div(z.seqlen_k, tile_n), z.batch * z.heads_kv, 1, bytes, false, is_causal(p));
+}
+
+inline TileOrder query_tile_order(const BackwardParams& p, int tile_m) {
+  const Sizes& z = p.fwd.sizes;
+  const int64_t bytes = int64_t{2} * z.seqlen_k * (z.head_dim + z.head_dim_v);
+  return backward_order(cuda::ceil_div(z.seqlen_q, tile_m), z.batch * z.heads, z.heads_per_kv(), bytes, is_causal(p),
+                        is_causal(p));
+}
+
+inline int ctas_for(const TileOrder& order, const cuda::Call& call) {
+  return order.tiles < call.device.sm_count ? order.tiles : call.device.sm_count;
+}
+
+// Maps for the four inputs, and what every launch has.
+template <typename T, typename Launch>
+cudaError_t fill_launch(Launch* launch, const BackwardParams& p, int query_rows, int key_rows) {
+  const Sizes& z = p.fwd.sizes;
+  const DType dtype = cuda::dtype_of<T>();
+  cudaError_t error = make_tensor_map(&launch->q, p.fwd.q, dtype, z.batch, z.heads, z.seqlen_q, z.head_dim, query_rows);
+  if (error == cudaSuccess)
+    error = make_tensor_map(&launch->k, p.fwd.k, dtype, z.batch, z.heads_kv, z.seqlen_k, z.head_dim, key_rows);
+  if (error == cudaSuccess)
+    error = make_tensor_map(&launch->v, p.fwd.v, dtype, z.batch, z.heads_kv, z.seqlen_k, z.head_dim_v, key_rows);
+  if (error == cudaSuccess)
+    error = make_tensor_map(&launch->dout, p.dout, dtype, z.batch, z.heads, z.seqlen_q, z.head_dim_v, query_rows);
+  launch->scale_log2 = static_cast<float>(p.fwd.scale * kLog2E);
+  launch->scale = static_cast<float>(p.fwd.scale);
+  return error;
+}
+
+template <typename T>
+cudaError_t launch_delta(const BackwardParams& p, const BackwardWorkspace& space, int tile_m, int head_dim,
+                         cudaStream_t stream) {
+  const Sizes& z = p.fwd.sizes;
+  cuda::DeltaLaunch delta{};
+  delta.vector = cuda::rows_are_vectors(p.dout, z.head_dim_v, sizeof(T)) &&
+                 cuda::rows_are_vectors(p.fwd.o, z.head_dim_v, sizeof(T));
+  delta.m_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_q, tile_m));
+  delta.tile_m = tile_m;
+  delta.tile_floats = space.dq == nullptr ? 0 : tile_m * head_dim;
+  delta.stats = space.stats;
+  delta.accumulator = space.dq;
+  delta.counters = space.next_tiles;
+  return launch_dependent(&cuda::delta_kernel<T>, z.batch * z.heads * delta.m_tiles, cuda::kDeltaThreads, 0, stream, p,
+                          delta);
+}
+
 template <typename T, int kRow>
+cudaError_t launch_dq(const cuda::Call& call, const BackwardWorkspace& space, int stats_rows, cudaStream_t stream) {
+  constexpr DqTile kTile = kDqTiles[kRow];
+  const BackwardParams& p = call.p;
+  DqLaunch launch{};
+  cudaError_t error = fill_launch<T>(&launch, p, kTile.tile_m(), kTile.tile_n);
+  if (error != cudaSuccess) return error;
+  launch.order = query_tile_order(p, kTile.tile_m());
+  launch.stats = space.stats;
+  launch.stats_tiles = static_cast<int>(cuda::ceil_div(p.fwd.sizes.seqlen_q, stats_rows));
+  launch.stats_rows = stats_rows;
+  launch.next_tile = space.next_tiles + 1;
+  constexpr auto* kKernel = &backward_dq_kernel<T, kRow>;
+  if ((error = cuda::allow_shared_bytes<kKernel>(kTile.shared_bytes())) != cudaSuccess) return error;
+  return launch_dependent(kKernel, ctas_for(launch.order, call), kTile.threads(), kTile.shared_bytes(), stream, p, launch);
+}
+
+constexpr int64_t kMostTiles = int64_t{1} << 31;
+
+inline bool too_many_tiles(const Sizes& z, int tile_m, int tile_n) {
+  return z.batch * z.heads_kv * cuda::ceil_div(z.seqlen_k, tile_n) >= kMostTiles ||
+         z.batch * z.heads * cuda::ceil_div(z.seqlen_q, tile_m) >= kMostTiles;
+}
+
+template <int kRow>
+size_t backward_v2_workspace(const cuda::Call& call) {
+  constexpr BackwardTile kTile = kBackwardTiles[kRow];
+  return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, splits_dq(call.p), call.p, nullptr).bytes;
+}
+
+template <typename T, int kRow, int kDqRow>
 cudaError_t launch_backward_v2(const cuda::Call& call, void* workspace, cudaStream_t stream) {
   constexpr BackwardTile kTile = kBackwardTiles[kRow];
   const BackwardParams& p = call.p;
   const Sizes& z = p.fwd.sizes;
-  const BackwardWorkspace space = BackwardWorkspace::lay_out(kTile, p, static_cast<char*>(workspace));
-  const bool ordered = space.turns != nullptr;
-  const int64_t m_tiles = cuda::ceil_div(z.seqlen_q, kTile.tile_m), n_tiles = cuda::ceil_div(z.seqlen_k, kBackwardKeys);
-  constexpr int64_t kMostTiles = int64_t{1} << 31;
-  if (z.batch * z.heads_kv * n_tiles >= kMostTiles || z.batch * z.heads * m_tiles >= kMostTiles)
-    return cudaErrorInvalidConfiguration;
+  const bool split = splits_dq(p);
+  const BackwardWorkspace space =
+      BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, split, p, static_cast<char*>(workspace));
+  if (too_many_tiles(z, kTile.tile_m, kBackwardKeys)) return cudaErrorInvalidConfiguration;
 
   BackwardLaunch launch{};
-  const DType dtype = cuda::dtype_of<T>();
-  cudaError_t error = make_tensor_map(&launch.q, p.fwd.q, dtype, z.batch, z.heads, z.seqlen_q, z.head_dim, kTile.tile_m);
-  if (error == cudaSuccess)
-    error = make_tensor_map(&launch.k, p.fwd.k, dtype, z.batch, z.heads_kv, z.seqlen_k, z.head_dim, kBackwardKeys);
-  if (error == cudaSuccess)
-    error = make_tensor_map(&launch.v, p.fwd.v, dtype, z.batch, z.heads_kv, z.seqlen_k, z.head_dim_v, kBackwardKeys);
-  if (error == cudaSuccess)
-    error = make_tensor_map(&launch.dout, p.dout, dtype, z.batch, z.heads, z.seqlen_q, z.head_dim_v, kTile.tile_m);
+  cudaError_t error = fill_launch<T>(&launch, p, kTile.tile_m, kBackwardKeys);
   if (error != cudaSuccess) return error;
-  launch.order = key_tile_order(p, ordered);
-  launch.scale_log2 = static_cast<float>(p.fwd.scale * kLog2E);
-  launch.scale = static_cast<float>(p.fwd.scale);
-  launch.m_tiles = static_cast<int>(m_tiles);
+  launch.order = key_tile_order(p, kBackwardKeys);
+  launch.m_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_q, kTile.tile_m));
   launch.stats = space.stats;
   launch.dq = space.dq;
-  launch.turns = space.turns;
-  launch.last_key_first = launch.order.last_first;
-  launch.next_tile = space.next_tile;
-
-  cuda::DeltaLaunch delta{};
-  delta.vector = cuda::rows_are_vectors(p.dout, z.head_dim_v, sizeof(T)) &&
-                 cuda::rows_are_vectors(p.fwd.o, z.head_dim_v, sizeof(T));
-  delta.m_tiles = launch.m_tiles;
-  delta.tile_m = kTile.tile_m;
-  delta.tile_floats = ordered ? 0 : kTile.tile_m * kTile.head_dim;
-  delta.stats = space.stats;
-  delta.accumulator = space.dq;
-  delta.semaphores = space.turns;
-  delta.semaphores_per_tile = 8;
-  delta.clear_unseen_dq = ordered;
-  delta.counter = space.next_tile;
-
-  constexpr auto *kOrderedKernel = &backward_v2_kernel<T, kRow, true>, *kKernel = &backward_v2_kernel<T, kRow, false>;
-  error = ordered ? cuda::allow_shared_bytes<kOrderedKernel>(kTile.shared_bytes())
-                  : cuda::allow_shared_bytes<kKernel>(kTile.shared_bytes());
+  launch.next_tile = space.next_tiles;
+  constexpr auto *kWithDq = &backward_v2_kernel<T, kRow, true>, *kWithoutDq = &backward_v2_kernel<T, kRow, false>;
+  error = split ? cuda::allow_shared_bytes<kWithoutDq>(kTile.shared_bytes())
+                : cuda::allow_shared_bytes<kWithDq>(kTile.shared_bytes());
   if (error != cudaSuccess) return error;
+
+  if ((error = launch_delta<T>(p, space, kTile.tile_m, kTile.head_dim, stream)) != cudaSuccess) return error;
+  error = launch_dependent(split ? kWithoutDq : kWithDq, ctas_for(launch.order, call), BackwardTile::kThreads,
+                           kTile.shared_bytes(), stream, p, launch);
+  if (error != cudaSuccess) return error;
+  if (split) return launch_dq<T, kDqRow>(call, space, kTile.tile_m, stream);
   constexpr int kRows = cuda::convert_rows<T>(kTile.tile_m, kTile.head_dim);
-  if ((error = launch_dependent(&cuda::delta_kernel<T>, z.batch * z.heads * m_tiles, cuda::kDeltaThreads, 0, stream, p,
-                                delta)) != cudaSuccess)
-    return error;
-  const int ctas = launch.order.tiles < call.device.sm_count ? launch.order.tiles : call.device.sm_count;
-  if ((error = launch_dependent(ordered ? kOrderedKernel : kKernel, ctas, BackwardTile::kThreads, kTile.shared_bytes(), stream, p, launch)) !=
-          cudaSuccess ||
-      ordered)
-    return error;
   return launch_dependent(&cuda::convert_dq_kernel<T, kRows, kTile.head_dim>,
-                          z.batch * z.heads * m_tiles * (kTile.tile_m / kRows), cuda::kConvertThreads, 0, stream, p.dq,
-                          p.fwd, space.dq, launch.scale, cuda::rows_are_vectors(p.dq, z.head_dim, sizeof(T)),
+                          z.batch * z.heads * launch.m_tiles * (kTile.tile_m / kRows), cuda::kConvertThreads, 0, stream,
+                          p.dq, p.fwd, space.dq, launch.scale, cuda::rows_are_vectors(p.dq, z.head_dim, sizeof(T)),
                           launch.m_tiles * (kTile.tile_m / kRows));
 }
 
-// The registry's row for one tile and dtype.
-template <typename T, int kRow>
+template <int kRow>
+size_t backward_split_workspace(const cuda::Call& call) {
+  constexpr DkvTile kTile = kDkvTiles[kRow];
+  return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, true, call.p, nullptr).bytes;
+}
+
+template <typename T, int kRow, int kDqRow>
+cudaError_t launch_backward_split(const cuda::Call& call, void* workspace, cudaStream_t stream) {
+  constexpr DkvTile kTile = kDkvTiles[kRow];
+  const BackwardParams& p = call.p;
+  const Sizes& z = p.fwd.sizes;
+  const BackwardWorkspace space =
+      BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, true, p, static_cast<char*>(workspace));
+  if (too_many_tiles(z, kTile.tile_m, kRowsPerWarpgroup)) return cudaErrorInvalidConfiguration;
+  DkvLaunch launch{};
+  cudaError_t error = fill_launch<T>(&launch, p, kTile.tile_m, kRowsPerWarpgroup);
+  if (error != cudaSuccess) return error;
+  launch.order = key_tile_order(p, kRowsPerWarpgroup);
+  launch.m_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_q, kTile.tile_m));
+  launch.stats = space.stats;
+  launch.next_tile = space.next_tiles;
+  constexpr auto* kKernel = &backward_dkv_kernel<T, kRow>;
+  if ((error = cuda::allow_shared_bytes<kKernel>(kTile.shared_bytes())) != cudaSuccess) return error;
+  if ((error = launch_delta<T>(p, space, kTile.tile_m, kTile.head_dim, stream)) != cudaSuccess) return error;
+  error = launch_dependent(kKernel, ctas_for(launch.order, call), DkvTile::kThreads, kTile.shared_bytes(), stream, p, launch);
+  if (error != cudaSuccess) return error;
+  return launch_dq<T, kDqRow>(call, space, kTile.tile_m, stream);
+}
+
+// The registry's rows.
+template <typename T, int kRow, int kDqRow>
 cuda::KernelEntry backward_v2_entry() {
-  static_assert(kRow >= 0, "no such row in kBackwardTiles");
+  static_assert(kRow >= 0 && kDqRow >= 0, "no such row");
   constexpr BackwardTile t = kBackwardTiles[kRow];
   return {t.name.data(),
           90,
@@ -145,7 +225,23 @@ cuda::KernelEntry backward_v2_entry() {
           {t.tile_m, kBackwardKeys, BackwardTile::kThreads, t.stages, t.shared_bytes()},
           t.why.data(),
           &backward_v2_workspace<kRow>,
-          &launch_backward_v2<T, kRow>};
+          &launch_backward_v2<T, kRow, kDqRow>};
+}
+
+template <typename T, int kRow, int kDqRow>
+cuda::KernelEntry backward_split_entry() {
+  static_assert(kRow >= 0 && kDqRow >= 0, "no such row");
+  constexpr DkvTile t = kDkvTiles[kRow];
+  return {t.name.data(),
+          90,
+          cuda::Pass::kBackward,
+          2,
+          cuda::dtype_of<T>(),
+          t.head_dim,
+          {t.tile_m, kRowsPerWarpgroup, DkvTile::kThreads, t.stages, t.shared_bytes()},
+          t.why.data(),
+          &backward_split_workspace<kRow>,
+          &launch_backward_split<T, kRow, kDqRow>};
 }
 
 }  // namespace fae::sm90

@@ -131,8 +131,17 @@ struct Mma16Bit {
   }
 
   FAE_DEVICE static uint32_t pack(float low, float high);
+  FAE_DEVICE static float2 unpack_pair(uint32_t pair);
 };
 
+template <>
+FAE_DEVICE float2 Mma16Bit<__half>::unpack_pair(uint32_t pair) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+template <>
+FAE_DEVICE float2 Mma16Bit<__nv_bfloat16>::unpack_pair(uint32_t pair) {
+  return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+}
 template <>
 FAE_DEVICE uint32_t Mma16Bit<__half>::pack(float low, float high) {
   return ptx::cvt_f16x2(low, high);
