@@ -19,8 +19,8 @@ FAE_DEVICE void cp_async_bulk_tensor_4d_load(uint32_t to, const void* map, uint3
 }
 // `bytes` consecutive bytes to shared memory; both addresses and the number are multiples of 16.
 FAE_DEVICE void cp_async_bulk_load(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-               "r"(bytes), "r"(barrier)
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
                : "memory");
 }
 // A box from shared memory; elements outside of the tensor are not written.

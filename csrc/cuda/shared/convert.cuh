@@ -9,7 +9,6 @@
 #include <cuda_runtime.h>
 
 #include "../../core/params.h"
-#include "../ptx/control.cuh"
 #include "../ptx/global_memory.cuh"
 #include "../tile/copy.cuh"
 #include "launch.h"
@@ -45,9 +44,6 @@ template <typename T, int kM, int kD>
 __global__ void __launch_bounds__(kConvertThreads)
     convert_dq_kernel(const __grid_constant__ TensorRef dq, const __grid_constant__ AttentionParams p,
                       const float* __restrict__ accumulator, float scale, bool vector, int m_tiles) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  ptx::griddepcontrol_wait();
-#endif
   using Mma = tile::Mma<T>;
   constexpr int kPitch = kD * static_cast<int>(sizeof(T)), kTileColumns = kD / 8, kTiles = kM / 16 * kTileColumns;
   constexpr int kWarps = kConvertThreads / 32;

@@ -22,10 +22,10 @@ struct DeltaLaunch {
   bool vector;  // rows of both O and dO may be read 16 bytes at a time
   int m_tiles;  // tiles of tile_m rows of a (batch, head)
   int tile_m;
-  int tile_floats;     // of one tile of the accumulator
-  float* stats;        // [batch][heads][m_tiles][lse2, delta][tile_m]
-  float* accumulator;  // [batch][heads][m_tiles][tile_floats]: cleared
-  int* semaphores;     // [batch][heads][m_tiles]: cleared; nullptr: there are none
+  int tile_floats;          // of one tile of the accumulator
+  float* stats;             // [batch][heads][m_tiles][lse2, delta][tile_m]
+  float* accumulator;       // [batch][heads][m_tiles][tile_floats]: cleared
+  int* semaphores;          // [batch][heads][m_tiles]: cleared; nullptr: there are none
   int* counters = nullptr;  // two of them: cleared
 };
 

@@ -61,7 +61,7 @@ struct BackwardDkv {
     uint8_t v[1][kTile.kv_bytes()];
     uint8_t q[kStages][kTile.q_bytes()];
     uint8_t dout[kStages][kTile.q_bytes()];
-    uint4 p[kPStages][kM / 16][kWarpgroup];  // as the threads hold it
+    uint4 p[kPStages][kM / 16][kWarpgroup];    // as the threads hold it
     alignas(16) float stats[kStages][2 * kM];  // lse in base 2, delta
     RingBarriers<1> k_ring, v_ring;
     RingBarriers<kStages> q_ring;  // of dO and the statistics as well
@@ -78,12 +78,13 @@ struct BackwardDkv {
     return {rows.begin / kM, (rows.end + kM - 1) / kM};
   }
 
-  FAE_DEVICE static void load_panels(uint8_t* to, int rows, const CUtensorMap* map, uint32_t full, int row, int h, int b) {
+  FAE_DEVICE static void load_panels(uint8_t* to, int rows, const CUtensorMap* map, uint32_t full, int row, int h,
+                                     int b) {
     const uint32_t address = ptx::shared_address(to);
 #pragma unroll
     for (int i = 0; i < kPanels; ++i)
-      ptx::cp_async_bulk_tensor_4d_load(address + i * tile::panel_bytes(rows), map, full, i * tile::kPanelColumns, row, h,
-                                        b);
+      ptx::cp_async_bulk_tensor_4d_load(address + i * tile::panel_bytes(rows), map, full, i * tile::kPanelColumns, row,
+                                        h, b);
   }
 
   FAE_DEVICE static void produce(Shared& shared, const BackwardParams& p, const DkvLaunch& launch) {
@@ -290,8 +291,8 @@ __global__ void __launch_bounds__(DkvTile::kThreads, 1)
   using Kernel = BackwardDkv<T, kRow>;
   extern __shared__ uint8_t bytes[];
   const uint32_t misaligned = ptx::shared_address(bytes) % tile::kPanelAlignment;
-  auto& shared = *reinterpret_cast<typename Kernel::Shared*>(
-      bytes + (misaligned == 0 ? 0 : tile::kPanelAlignment - misaligned));
+  auto& shared =
+      *reinterpret_cast<typename Kernel::Shared*>(bytes + (misaligned == 0 ? 0 : tile::kPanelAlignment - misaligned));
   if (threadIdx.x == 0) {
     ptx::prefetch_tensormap(&launch.q);
     ptx::prefetch_tensormap(&launch.k);

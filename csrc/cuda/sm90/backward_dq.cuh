@@ -74,12 +74,13 @@ struct BackwardDq {
     return {keys.begin / kN, (keys.end + kN - 1) / kN};
   }
 
-  FAE_DEVICE static void load_panels(uint8_t* to, int rows, const CUtensorMap* map, uint32_t full, int row, int h, int b) {
+  FAE_DEVICE static void load_panels(uint8_t* to, int rows, const CUtensorMap* map, uint32_t full, int row, int h,
+                                     int b) {
     const uint32_t address = ptx::shared_address(to);
 #pragma unroll
     for (int i = 0; i < kPanels; ++i)
-      ptx::cp_async_bulk_tensor_4d_load(address + i * tile::panel_bytes(rows), map, full, i * tile::kPanelColumns, row, h,
-                                        b);
+      ptx::cp_async_bulk_tensor_4d_load(address + i * tile::panel_bytes(rows), map, full, i * tile::kPanelColumns, row,
+                                        h, b);
   }
 
   FAE_DEVICE static void produce(Shared& shared, const BackwardParams& p, const DqLaunch& launch) {
@@ -209,7 +210,8 @@ struct BackwardDq {
         if (work.row < 0) break;
         const IntervalMask mask = p.fwd.mask(work.b);
         const int row = work.row + warpgroup * kRowsPerWarpgroup, warp_row = row + warp * kRowsPerWarp;
-        const Range all = key_tiles(mask, work.row, work.row + kM), tiles = key_tiles(mask, row, row + kRowsPerWarpgroup);
+        const Range all = key_tiles(mask, work.row, work.row + kM),
+                    tiles = key_tiles(mask, row, row + kRowsPerWarpgroup);
         if (tiles.empty()) {
           skip(all.size());
           release_q();
@@ -249,8 +251,9 @@ struct BackwardDq {
           for (int i = 0; i < kN / 8; ++i) {
 #pragma unroll
             for (int half = 0; half < 2; ++half)
-              ds[i / 2][2 * (i % 2) + half] = tile::Mma<T>::pack(s[i][2 * half] * (dp[i][2 * half] - delta[half]),
-                                                                 s[i][2 * half + 1] * (dp[i][2 * half + 1] - delta[half]));
+              ds[i / 2][2 * (i % 2) + half] =
+                  tile::Mma<T>::pack(s[i][2 * half] * (dp[i][2 * half] - delta[half]),
+                                     s[i][2 * half + 1] * (dp[i][2 * half + 1] - delta[half]));
           }
           const uint64_t k = tile::descriptor_mn_major<kN>(ptx::shared_address(shared.k[k_at.stage]));
           ptx::wgmma_fence();
@@ -283,8 +286,8 @@ __global__ void __launch_bounds__(kDqTiles[kRow].threads(), 1)
   constexpr DqTile kTile = Kernel::kTile;
   extern __shared__ uint8_t bytes[];
   const uint32_t misaligned = ptx::shared_address(bytes) % tile::kPanelAlignment;
-  auto& shared = *reinterpret_cast<typename Kernel::Shared*>(
-      bytes + (misaligned == 0 ? 0 : tile::kPanelAlignment - misaligned));
+  auto& shared =
+      *reinterpret_cast<typename Kernel::Shared*>(bytes + (misaligned == 0 ? 0 : tile::kPanelAlignment - misaligned));
   if (threadIdx.x == 0) {
     ptx::prefetch_tensormap(&launch.q);
     ptx::prefetch_tensormap(&launch.k);

@@ -72,7 +72,7 @@ struct Backward {
     uint8_t v[kKvBuffers][kTile.kv_bytes()];
     uint8_t q[kStages][kTile.q_bytes()];
     uint8_t dout[kStages][kTile.q_bytes()];
-    uint8_t ds[kStages][kTile.ds_bytes()];  // [panel of 64 queries][keys][64 queries]
+    uint8_t ds[kStages][kTile.ds_bytes()];     // [panel of 64 queries][keys][64 queries]
     alignas(16) float stats[kStages][2 * kM];  // lse in base 2, delta
     RingBarriers<kKvBuffers> kv_ring;
     RingBarriers<kStages> q_ring;  // of dO and the statistics as well
@@ -91,12 +91,13 @@ struct Backward {
 
   // ---- producer: one thread ----
 
-  FAE_DEVICE static void load_panels(uint8_t* to, int rows, const CUtensorMap* map, uint32_t full, int row, int h, int b) {
+  FAE_DEVICE static void load_panels(uint8_t* to, int rows, const CUtensorMap* map, uint32_t full, int row, int h,
+                                     int b) {
     const uint32_t address = ptx::shared_address(to);
 #pragma unroll
     for (int i = 0; i < kPanels; ++i)
-      ptx::cp_async_bulk_tensor_4d_load(address + i * tile::panel_bytes(rows), map, full, i * tile::kPanelColumns, row, h,
-                                        b);
+      ptx::cp_async_bulk_tensor_4d_load(address + i * tile::panel_bytes(rows), map, full, i * tile::kPanelColumns, row,
+                                        h, b);
   }
 
   FAE_DEVICE static void produce(Shared& shared, const BackwardParams& p, const BackwardLaunch& launch) {
@@ -178,9 +179,9 @@ struct Backward {
         for (int panel = 0; panel < kM / 64; ++panel) {
 #pragma unroll
           for (int i = 0; i < kRowsPerWarp / 4; ++i)
-            ptx::st_shared_v4(rows + panel * tile::panel_bytes(kN) + (4 * i + lane / 8) * tile::kPanelRowBytes +
-                                  lane % 8 * 16,
-                              zeros);
+            ptx::st_shared_v4(
+                rows + panel * tile::panel_bytes(kN) + (4 * i + lane / 8) * tile::kPanelRowBytes + lane % 8 * 16,
+                zeros);
         }
         publish_ds();
       }
@@ -269,8 +270,9 @@ struct Backward {
         const uint32_t rows = ds_rows();
 #pragma unroll
         for (int i = 0; i < kM / 16; ++i)
-          ptx::stmatrix_x4(rows + (i / 4) * tile::panel_bytes(kN) + tile::chunk_offset(lane % 16, 2 * i % 8 + lane / 16),
-                           packed_ds[i][0], packed_ds[i][1], packed_ds[i][2], packed_ds[i][3]);
+          ptx::stmatrix_x4(
+              rows + (i / 4) * tile::panel_bytes(kN) + tile::chunk_offset(lane % 16, 2 * i % 8 + lane / 16),
+              packed_ds[i][0], packed_ds[i][1], packed_ds[i][2], packed_ds[i][3]);
         publish_ds();
       }
 
@@ -285,10 +287,12 @@ struct Backward {
       ptx::wgmma_fence();
 #pragma unroll
       for (int i = 0; i < kM / 16; ++i)
-        ptx::wgmma_rs<T, 1>(dv, packed_p[i], tile::descriptor_mn_major<kM>(dout) + tile::step_mn_major(i), i > 0 || !fresh);
+        ptx::wgmma_rs<T, 1>(dv, packed_p[i], tile::descriptor_mn_major<kM>(dout) + tile::step_mn_major(i),
+                            i > 0 || !fresh);
 #pragma unroll
       for (int i = 0; i < kM / 16; ++i)
-        ptx::wgmma_rs<T, 1>(dk, packed_ds[i], tile::descriptor_mn_major<kM>(q) + tile::step_mn_major(i), i > 0 || !fresh);
+        ptx::wgmma_rs<T, 1>(dk, packed_ds[i], tile::descriptor_mn_major<kM>(q) + tile::step_mn_major(i),
+                            i > 0 || !fresh);
       ptx::wgmma_commit_group();
       if constexpr (kOwes) {  // what leaves for global memory does so beside dV and dK
         ptx::wgmma_wait_group<1>();
@@ -307,10 +311,14 @@ struct Backward {
       float* const to = launch.dq + tile * (kM * kD) + slab * (kRowsPerWarp * kD) +
                         (kSplitRows ? 0 : warpgroup * (tile::kPanelColumns / 8) * 128) + lane * 4;
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) ptx::red_add_v4(to + i * 128, dq[i][0], dq[i][1], dq[i][2], dq[i][3]);
+      for (int i = 0; i < kTiles; ++i) {
+        if (kD % tile::kPanelColumns == 0 || warpgroup * (tile::kPanelColumns / 8) + i < kD / 8)
+          ptx::red_add_v4(to + i * 128, dq[i][0], dq[i][1], dq[i][2], dq[i][3]);
+      }
     }
 
-    FAE_DEVICE void store(const Gradient& g, float scale, const TensorRef& out, const Work& work, int row, int columns) const {
+    FAE_DEVICE void store(const Gradient& g, float scale, const TensorRef& out, const Work& work, int row,
+                          int columns) const {
       const int t = lane % 4;
 #pragma unroll
       for (int i = 0; i < kD / 8; i += 4) {
@@ -395,8 +403,8 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
   using Kernel = Backward<T, kRow, kWithDq>;
   extern __shared__ uint8_t bytes[];
   const uint32_t misaligned = ptx::shared_address(bytes) % tile::kPanelAlignment;
-  auto& shared = *reinterpret_cast<typename Kernel::Shared*>(
-      bytes + (misaligned == 0 ? 0 : tile::kPanelAlignment - misaligned));
+  auto& shared =
+      *reinterpret_cast<typename Kernel::Shared*>(bytes + (misaligned == 0 ? 0 : tile::kPanelAlignment - misaligned));
   if (threadIdx.x == 0) {
     ptx::prefetch_tensormap(&launch.q);
     ptx::prefetch_tensormap(&launch.k);
@@ -413,8 +421,9 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
     if (warp % 4 == 0 && ptx::elect_one()) Kernel::produce(shared, p, launch);
   } else {
     ptx::setmaxnreg_inc<BackwardTile::kConsumerRegisters>();
+    // The second panel may be narrow. Where it is nearly full, its last columns are computed for nothing, but by the same code.
     constexpr int kPanel = tile::kPanelColumns, kRest = Kernel::kD - (Kernel::kPanels - 1) * kPanel;
-    if (kRest == kPanel || warpgroup == 0)
+    if (kRest > kPanel / 2 || warpgroup == 0)
       typename Kernel::template Consumer<kPanel>{shared, p, launch, warpgroup, warp % 4, lane}.run();
     else
       typename Kernel::template Consumer<kRest>{shared, p, launch, warpgroup, warp % 4, lane}.run();
