@@ -6,14 +6,17 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cpu/config.h"
 #include "cpu/engine.h"
 #include "cpu/gemm.h"
 #if defined(FAE_WITH_CUDA)
+#include "cuda/bulk_copy.h"
 #include "cuda/core_check.h"
 #include "cuda/registry.h"
 #endif
@@ -220,19 +223,43 @@ py::dict cuda_device(int index) {
   return d;
 }
 
+// Why the copy engine cannot serve a call: tensors as (address, shape, strides). None: it can.
+std::optional<std::string> bulk_copy_obstacle(
+    const std::vector<std::tuple<uintptr_t, std::vector<int64_t>, std::vector<int64_t>>>& tensors,
+    std::optional<double> scale) {
+  const char* why = scale.has_value() ? fae::cuda::scale_obstacle(*scale) : nullptr;
+  for (const auto& [data, sizes, strides] : tensors)
+    if (why == nullptr && !sizes.empty())
+      why = fae::cuda::bulk_copy_obstacle({data, sizes.data(), strides.data(), static_cast<int>(sizes.size())});
+  return why == nullptr ? std::nullopt : std::optional<std::string>(why);
+}
+
 // As csrc/ops/op_cuda.cpp chooses, for any GPU, present or not. {"why_not": text} where nothing serves.
 py::dict plan_cuda(const std::string& pass, int version, const std::string& dtype, int64_t batch, int heads,
                    int heads_kv, int seqlen_q, int seqlen_k, int head_dim, int head_dim_v, int block_m, int block_n,
-                   bool deterministic, bool fp32_exact, int compute_capability, int sm_count, int shared_bytes) {
+                   bool deterministic, bool fp32_exact, int compute_capability, int sm_count, int shared_bytes,
+                   int64_t window_left, int64_t window_right, bool top_left,
+                   const std::optional<std::string>& no_bulk_copy) {
   using namespace fae::cuda;
   Call call;
   call.p.fwd.sizes = {batch, heads, heads_kv, seqlen_q, seqlen_k, head_dim, head_dim_v};
+  const auto distance = [](int64_t w) {
+    return w < 0 || w >= fae::kOpenDistance ? fae::kOpenDistance : static_cast<int>(w);
+  };
+  call.p.fwd.mask_spec = {distance(window_left), distance(window_right), top_left};
   call.p.deterministic = deterministic;
   call.device = {compute_capability, sm_count, shared_bytes};
   call.fp32_exact = fp32_exact;
   const Pass which = is_backward(pass) ? Pass::kBackward : Pass::kForward;
-  const KernelKey key = {which,   version, dtype_of(dtype), std::max(head_dim, head_dim_v),
-                         block_m, block_n, seqlen_q,        heads};
+  const KernelKey key = {which,
+                         version,
+                         dtype_of(dtype),
+                         std::max(head_dim, head_dim_v),
+                         block_m,
+                         block_n,
+                         seqlen_q,
+                         heads,
+                         no_bulk_copy.has_value() ? no_bulk_copy->c_str() : nullptr};
   std::string why_not;
   const KernelEntry* entry = find(key, call.device, &why_not);
   py::dict d;
@@ -254,6 +281,13 @@ py::dict plan_cuda(const std::string& pass, int version, const std::string& dtyp
   const bool empty = batch == 0 || seqlen_q == 0 || seqlen_k == 0;
   d["workspace_bytes"] = empty ? 0 : entry->workspace_bytes(call);
   d["why"] = entry->why;
+  if (key.no_bulk_copy != nullptr) {
+    KernelKey copied = key;
+    copied.no_bulk_copy = nullptr;
+    const KernelEntry* faster = find(copied, call.device);
+    if (faster != nullptr && faster->arch > entry->arch)
+      d["passed_over"] = std::string(faster->name) + ": " + key.no_bulk_copy;
+  }
   return d;
 }
 
@@ -317,7 +351,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("plan_cuda", &plan_cuda, py::kw_only(), py::arg("pass_"), py::arg("version"), py::arg("dtype"),
         py::arg("batch"), py::arg("heads"), py::arg("heads_kv"), py::arg("seqlen_q"), py::arg("seqlen_k"),
         py::arg("head_dim"), py::arg("head_dim_v"), py::arg("block_m"), py::arg("block_n"), py::arg("deterministic"),
-        py::arg("fp32_exact"), py::arg("compute_capability"), py::arg("sm_count"), py::arg("shared_bytes"));
+        py::arg("fp32_exact"), py::arg("compute_capability"), py::arg("sm_count"), py::arg("shared_bytes"),
+        py::arg("window_left") = -1, py::arg("window_right") = -1, py::arg("top_left") = false,
+        py::arg("no_bulk_copy") = py::none());
+  m.def("bulk_copy_obstacle", &bulk_copy_obstacle, py::arg("tensors"), py::arg("scale") = py::none());
   m.def("check_core_on_cuda", &check_core_on_cuda, py::arg("count") = 4096);
 #endif
 }

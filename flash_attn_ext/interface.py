@@ -341,6 +341,13 @@ def _cuda_plans(device: torch.device, deterministic: bool | None, call: dict[str
     return {pass_: _C.plan_cuda(pass_=pass_, **call) for pass_ in ("fwd", "bwd")}
 
 
+def _address(t: Tensor) -> int:
+    try:
+        return t.data_ptr()
+    except RuntimeError:  # a fake tensor
+        return 0
+
+
 def explain(
     q: Tensor,
     k: Tensor,
@@ -366,7 +373,7 @@ def explain(
     -------
     dict
         ``{"runs": True, "fwd": plan, "bwd": plan}``, each plan a dict with ``kernel``, ``tile``, ``workspace_bytes``,
-        ``why``; or ``{"runs": False, "why_not": text}``.
+        ``why``, and ``passed_over`` where a faster kernel of this GPU cannot serve the call; or ``{"runs": False, "why_not": text}``.
     """
     try:
         _reject_missing("flash_attention", softcap, alibi_slopes, mask, bias, dropout_p)
@@ -408,6 +415,9 @@ def explain(
         call["threads"] = torch.get_num_threads()
         plans = {pass_: _C.plan(pass_=pass_, **call) for pass_ in ("fwd", "bwd")}
     else:
+        call |= {"window_left": left, "window_right": right, "top_left": top_left}
+        layouts = [(_address(t), list(t.shape), list(t.stride())) for t in (q, k, v)]
+        call["no_bulk_copy"] = _C.bulk_copy_obstacle(layouts, scale)
         plans = _cuda_plans(q.device, deterministic, call)
         for plan in plans.values():
             if "why_not" in plan:

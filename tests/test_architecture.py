@@ -204,7 +204,8 @@ def test_inline_assembly_stands_in_ptx_alone(path: Path) -> None:
 @of(FILES)
 def test_nothing_ends_the_process_or_writes_to_the_console(path: Path) -> None:
     forbidden = r"\b(?:std::)?(?:exit|abort|terminate|quick_exit|printf|puts)\s*\(|\bstd::c(?:out|err)\b|\bassert\s*\("
-    text = code(path).replace("static_assert", "")
+    debug_builds = r"#if defined\(FAE_DEBUG_BARRIERS\)(?s:.*?)#(?:else|endif)"  # name the barrier that hangs
+    text = re.sub(debug_builds, "", code(path)).replace("static_assert", "")
     assert (found := re.search(forbidden, text)) is None, found[0]
 
 
@@ -216,11 +217,16 @@ def test_engines_allocate_nothing_themselves(path: Path) -> None:
 
 
 TABLE = CSRC / "cuda" / "instances" / "table.py"
+WGMMA_FORMS = CSRC / "cuda" / "ptx" / "wgmma_forms.py"
 
 
 def table(*words: str, script: Path = TABLE) -> tuple[int, str]:
     done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True, check=False)
     return done.returncode, done.stdout + done.stderr
+
+
+def test_wgmma_is_what_its_script_writes() -> None:
+    assert subprocess.run([sys.executable, str(WGMMA_FORMS), "--check"], check=False).returncode == 0
 
 
 def test_written_files_are_fresh() -> None:
@@ -324,7 +330,8 @@ def test_interface_knows_no_tile_and_no_architecture() -> None:
 def test_files_stay_readable() -> None:
     """Beyond 450 lines a file wants to be split by role."""
     for path in FILES + sorted(PACKAGE.rglob("*.py")):
-        assert len(path.read_text().splitlines()) <= 450, path
+        text = path.read_text()
+        assert len(text.splitlines()) <= 450 or text.startswith("// Written by"), path
 
 
 def test_every_source_opens_with_what_it_is() -> None:

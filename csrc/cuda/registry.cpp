@@ -19,6 +19,9 @@ constexpr int kKnownDevices = 64;
 // A problem is short where the large tiles of one batch entry, this many times over, would still leave SMs idle: the small
 // tiles read K and V more often, which a full batch would pay for.
 constexpr int kShortFactor = 4;
+// Rows of one sequence up to which a short problem is left to the small tiles of older kernels: a warpgroup of Hopper's takes
+// 64 rows at once, and that many keep its tensor cores busier than tiles of 16 do.
+constexpr int kFewRows = 64;
 constexpr const char* kForce = "FLASH_ATTN_EXT_KERNEL";
 
 cudaError_t ask_driver(int index, Device* device) {
@@ -52,9 +55,23 @@ bool may_be_preferred(const KernelEntry& e, const Device& device) {
   return e.shared_bytes_unasked <= device.shared_bytes;
 }
 
+constexpr int kHopper = 90;
+
+// Code for 9.0a runs on no later architecture.
+bool runs_on(const KernelEntry& e, const Device& device) {
+  return e.arch == kHopper ? device.compute_capability / 10 == kHopper / 10 : e.arch <= device.compute_capability;
+}
+
+bool can_copy(const KernelEntry& e, const KernelKey& key) { return e.arch < kHopper || key.no_bulk_copy == nullptr; }
+
 bool fits(const KernelEntry& e, const KernelKey& key, const Device& device) {
-  return e.head_dim_max >= key.head_dim && e.arch <= device.compute_capability &&
+  return e.head_dim_max >= key.head_dim && runs_on(e, device) && can_copy(e, key) &&
          e.tile.shared_bytes <= device.shared_bytes;
+}
+
+// The newest architecture first, then the least padding.
+bool better(const KernelEntry& e, const KernelEntry& than) {
+  return e.arch != than.arch ? e.arch > than.arch : e.head_dim_max < than.head_dim_max;
 }
 
 // The list that restricts the entries of this pass and version, or nullptr.
@@ -88,6 +105,11 @@ std::string_view unknown_name() {
 bool tiles_are_few(const KernelEntry& e, const KernelKey& key, const Device& device) {
   const int64_t row_tiles = (int64_t{key.seqlen_q} + e.tile.m - 1) / e.tile.m * key.heads;
   return row_tiles * kShortFactor < device.sm_count;
+}
+
+bool leaves_to_small_tiles(const KernelEntry& e, const KernelKey& key, const Device& device) {
+  return e.arch == kHopper && e.pass == Pass::kForward && key.seqlen_q != 0 && key.seqlen_q <= kFewRows &&
+         tiles_are_few(e, key, device);
 }
 
 // ---- sentences ----
@@ -132,8 +154,10 @@ std::string explain_none(const KernelKey& key, const Device& device) {
     std::string reason;
     if (e.head_dim_max < key.head_dim)
       reason = "head dimensions up to " + text_of(e.head_dim_max);
-    else if (e.arch > device.compute_capability)
-      reason = "needs compute capability " + text_of_capability(e.arch);
+    else if (!runs_on(e, device))
+      reason = "needs compute capability " + (e.arch == kHopper ? "9.x" : text_of_capability(e.arch));
+    else if (!can_copy(e, key))
+      reason = key.no_bulk_copy;
     else if (e.tile.shared_bytes > device.shared_bytes)
       reason = "needs " + text_of(e.tile.shared_bytes) + " bytes of shared memory";
     else if (!has_tile(e, key))
@@ -191,8 +215,10 @@ const KernelEntry* find(const KernelKey& key, const Device& device, std::string*
   const KernelEntry* best = nullptr;
   for (int i = 0; i < count; ++i) {
     const KernelEntry& e = all[i];
-    if ((best != nullptr && e.head_dim_max >= best->head_dim_max) || !serves(e)) continue;
-    if (chosen_by_caller || (!e.for_short_problems && may_be_preferred(e, device))) best = &e;
+    if ((best != nullptr && !better(e, *best)) || !serves(e)) continue;
+    if (chosen_by_caller ||
+        (!e.for_short_problems && may_be_preferred(e, device) && !leaves_to_small_tiles(e, key, device)))
+      best = &e;
   }
   if (best == nullptr || (std::getenv(kForce) != nullptr && !unknown_name().empty())) {
     if (why_not != nullptr) *why_not = explain_none(key, device);
@@ -203,7 +229,8 @@ const KernelEntry* find(const KernelKey& key, const Device& device, std::string*
     const KernelEntry* smaller = nullptr;
     for (int i = 0; i < count && smaller == nullptr; ++i) {
       const KernelEntry& e = all[i];
-      if (e.for_short_problems && e.head_dim_max == best->head_dim_max && e.tile.m < best->tile.m && serves(e))
+      if (e.for_short_problems && e.arch == best->arch && e.head_dim_max == best->head_dim_max &&
+          e.tile.m < best->tile.m && serves(e))
         smaller = &e;
     }
     if (smaller == nullptr) break;

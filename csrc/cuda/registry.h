@@ -39,6 +39,7 @@ struct KernelKey {
   int tile_n = 0;
   int seqlen_q = 0;  // of one batch entry, with the heads: short problems have tiles of their own
   int heads = 0;
+  const char* no_bulk_copy = nullptr;  // why kernels that need the copy engine cannot serve; bulk_copy.h
 };
 
 // A call as the launchers take it; forward entries read `p.fwd` alone.
@@ -58,7 +59,7 @@ struct Tile {
 
 struct KernelEntry {
   const char* name;
-  int arch;  // least compute capability: 80 runs everywhere from there on
+  int arch;  // compute capability: 80 runs everywhere from there on, 90 on 9.x alone, with the copy engine
   Pass pass;
   int version;
   DType dtype;

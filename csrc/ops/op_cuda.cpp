@@ -13,7 +13,9 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
+#include <initializer_list>
 
+#include "../cuda/bulk_copy.h"
 #include "../cuda/registry.h"
 #include "prepare.h"
 #endif
@@ -39,9 +41,23 @@ int tile_size(int64_t size) { return static_cast<int>(std::min(size, int64_t{1} 
                                                        : "");
 }
 
+// Why Hopper's kernels cannot serve a call, or nullptr. What the operators allocate is as dense as its model.
+const char* no_bulk_copy(std::initializer_list<const Tensor*> tensors, std::optional<double> scale) {
+  if (scale.has_value())
+    if (const char* why = cuda::scale_obstacle(*scale)) return why;
+  for (const Tensor* t : tensors) {
+    if (t->element_size() != 2) return nullptr;  // nor do they exist
+    const auto sizes = t->sizes(), strides = t->strides();
+    const cuda::Layout layout = {reinterpret_cast<uintptr_t>(t->const_data_ptr()), sizes.data(), strides.data(),
+                                 static_cast<int>(sizes.size())};
+    if (const char* why = cuda::bulk_copy_obstacle(layout)) return why;
+  }
+  return nullptr;
+}
+
 // The entry that runs a call, on the current device, whose facts it notes in `call`.
 const cuda::KernelEntry& entry_for(const char* name, cuda::Pass pass, int version, const Tensor& q, int64_t block_m,
-                                   int64_t block_n, cuda::Call* call) {
+                                   int64_t block_n, const char* no_bulk_copy, cuda::Call* call) {
   const cudaError_t error = cuda::device_facts(q.get_device(), &call->device);
   if (error != cudaSuccess) refuse_launch(name, "(none yet)", error);
   const Sizes& sizes = call->p.fwd.sizes;
@@ -52,7 +68,8 @@ const cuda::KernelEntry& entry_for(const char* name, cuda::Pass pass, int versio
                                tile_size(block_m),
                                tile_size(block_n),
                                sizes.seqlen_q,
-                               sizes.heads};
+                               sizes.heads,
+                               no_bulk_copy};
   if (const cuda::KernelEntry* entry = cuda::find(key, call->device)) return *entry;
   std::string why_not;
   cuda::find(key, call->device, &why_not);
@@ -80,7 +97,8 @@ std::tuple<Tensor, Tensor> forward(const char* name, int version, const Tensor& 
   const c10::cuda::CUDAGuard guard(q.device());
   cuda::Call call;
   call.p.fwd.sizes = sizes_of(q, k, v);  // refused before anything is allocated
-  const cuda::KernelEntry& entry = entry_for(name, cuda::Pass::kForward, version, q, block_m, block_n, &call);
+  const cuda::KernelEntry& entry =
+      entry_for(name, cuda::Pass::kForward, version, q, block_m, block_n, no_bulk_copy({&q, &k, &v}, scale), &call);
   const PreparedForward f = prepare_forward(q, k, v, scale, mask_spec(window_left, window_right, top_left));
   if (f.nothing_to_compute) return f.results();
   call.p.fwd = f.params;
@@ -97,7 +115,8 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& dout, const std::optio
   const c10::cuda::CUDAGuard guard(q.device());
   cuda::Call call;
   call.p.fwd.sizes = sizes_of(q, k, v);
-  const cuda::KernelEntry& entry = entry_for(name, cuda::Pass::kBackward, 2, q, 0, 0, &call);
+  const cuda::KernelEntry& entry =
+      entry_for(name, cuda::Pass::kBackward, 2, q, 0, 0, no_bulk_copy({&q, &k, &v, &dout}, scale), &call);
   const MaskSpec mask = mask_spec(window_left, window_right, top_left);
   const PreparedBackward b = prepare_backward(dout, dlse, q, k, v, out, lse, scale, mask);
   if (b.nothing_to_compute) return b.results();

@@ -4,6 +4,34 @@
 namespace fae::cuda {
 
 namespace rows {
+KernelEntry sm90_fwd_d64_fp16();
+KernelEntry sm90_fwd_d64_bf16();
+KernelEntry sm90_fwd_d80_fp16();
+KernelEntry sm90_fwd_d80_bf16();
+KernelEntry sm90_fwd_d96_fp16();
+KernelEntry sm90_fwd_d96_bf16();
+KernelEntry sm90_fwd_d112_fp16();
+KernelEntry sm90_fwd_d112_bf16();
+KernelEntry sm90_fwd_d128_fp16();
+KernelEntry sm90_fwd_d128_bf16();
+KernelEntry sm90_fwd_d192_fp16();
+KernelEntry sm90_fwd_d192_bf16();
+KernelEntry sm90_fwd_d256_fp16();
+KernelEntry sm90_fwd_d256_bf16();
+KernelEntry sm90_bwd_d64_fp16();
+KernelEntry sm90_bwd_d64_bf16();
+KernelEntry sm90_bwd_d80_fp16();
+KernelEntry sm90_bwd_d80_bf16();
+KernelEntry sm90_bwd_d96_fp16();
+KernelEntry sm90_bwd_d96_bf16();
+KernelEntry sm90_bwd_d112_fp16();
+KernelEntry sm90_bwd_d112_bf16();
+KernelEntry sm90_bwd_d128_fp16();
+KernelEntry sm90_bwd_d128_bf16();
+KernelEntry sm90_bwd_d192_fp16();
+KernelEntry sm90_bwd_d192_bf16();
+KernelEntry sm90_bwd_d256_fp16();
+KernelEntry sm90_bwd_d256_bf16();
 KernelEntry sm80_fwd_d32_fp16();
 KernelEntry sm80_fwd_d32_bf16();
 KernelEntry sm80_fwd_d64_n128_fp16();
@@ -123,6 +151,34 @@ KernelEntry row(KernelEntry entry, const char* name, bool for_short_problems = f
 
 const KernelEntry* entries(int* count) {
   static const KernelEntry kEntries[] = {
+      row(rows::sm90_fwd_d64_fp16(), "sm90_fwd_d64"),
+      row(rows::sm90_fwd_d64_bf16(), "sm90_fwd_d64"),
+      row(rows::sm90_fwd_d80_fp16(), "sm90_fwd_d80"),
+      row(rows::sm90_fwd_d80_bf16(), "sm90_fwd_d80"),
+      row(rows::sm90_fwd_d96_fp16(), "sm90_fwd_d96"),
+      row(rows::sm90_fwd_d96_bf16(), "sm90_fwd_d96"),
+      row(rows::sm90_fwd_d112_fp16(), "sm90_fwd_d112"),
+      row(rows::sm90_fwd_d112_bf16(), "sm90_fwd_d112"),
+      row(rows::sm90_fwd_d128_fp16(), "sm90_fwd_d128"),
+      row(rows::sm90_fwd_d128_bf16(), "sm90_fwd_d128"),
+      row(rows::sm90_fwd_d192_fp16(), "sm90_fwd_d192"),
+      row(rows::sm90_fwd_d192_bf16(), "sm90_fwd_d192"),
+      row(rows::sm90_fwd_d256_fp16(), "sm90_fwd_d256"),
+      row(rows::sm90_fwd_d256_bf16(), "sm90_fwd_d256"),
+      row(rows::sm90_bwd_d64_fp16(), "sm90_bwd_d64"),
+      row(rows::sm90_bwd_d64_bf16(), "sm90_bwd_d64"),
+      row(rows::sm90_bwd_d80_fp16(), "sm90_bwd_d80"),
+      row(rows::sm90_bwd_d80_bf16(), "sm90_bwd_d80"),
+      row(rows::sm90_bwd_d96_fp16(), "sm90_bwd_d96"),
+      row(rows::sm90_bwd_d96_bf16(), "sm90_bwd_d96"),
+      row(rows::sm90_bwd_d112_fp16(), "sm90_bwd_d112"),
+      row(rows::sm90_bwd_d112_bf16(), "sm90_bwd_d112"),
+      row(rows::sm90_bwd_d128_fp16(), "sm90_bwd_d128"),
+      row(rows::sm90_bwd_d128_bf16(), "sm90_bwd_d128"),
+      row(rows::sm90_bwd_d192_fp16(), "sm90_bwd_d192"),
+      row(rows::sm90_bwd_d192_bf16(), "sm90_bwd_d192"),
+      row(rows::sm90_bwd_d256_fp16(), "sm90_bwd_d256"),
+      row(rows::sm90_bwd_d256_bf16(), "sm90_bwd_d256"),
       row(rows::sm80_fwd_d32_fp16(), "sm80_fwd_d32"),
       row(rows::sm80_fwd_d32_bf16(), "sm80_fwd_d32"),
       row(rows::sm80_fwd_d64_n128_fp16(), "sm80_fwd_d64_n128"),

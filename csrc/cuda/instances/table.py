@@ -50,6 +50,27 @@ class Kernel:
 
 BUILT = (
     Kernel(
+        "sm90",
+        "forward_v2",
+        "launch_forward.cuh",
+        "forward_row",
+        tuple(Built(f"sm90_fwd_d{head_dim}") for head_dim in (64, 80, 96, 112, 128, 192, 256)),
+    ),
+    Kernel(
+        "sm90",
+        "backward_v2",
+        "launch_backward.cuh",
+        "backward_row",
+        tuple(Built(f"sm90_bwd_d{head_dim}") for head_dim in (64, 80, 96, 112, 128)),
+    ),
+    Kernel(
+        "sm90",
+        "backward_split",
+        "launch_backward.cuh",
+        "dkv_row",
+        tuple(Built(f"sm90_bwd_d{head_dim}") for head_dim in (192, 256)),
+    ),
+    Kernel(
         "sm80",
         "forward_v2",
         "launch_forward.cuh",

@@ -141,9 +141,9 @@ struct DqTile {
 // {name, element_bytes, head_dim, warpgroups, tile_n, k_stages, v_stages, q_buffers, why}
 inline constexpr DqTile kDqTiles[] = {
     {"sm90_dq_d64", 2, 64, 3, 64, 3, 3, 2, "two warpgroups and 128 keys: the same within 3 %"},
-    {"sm90_dq_d80", 2, 80, 3, 64, 3, 3, 1, "as 128"},
-    {"sm90_dq_d96", 2, 96, 3, 64, 3, 3, 1, "as 128"},
-    {"sm90_dq_d112", 2, 112, 3, 64, 3, 3, 1, "as 128"},
+    {"sm90_dq_d80", 2, 80, 3, 64, 3, 3, 1, "as d128"},
+    {"sm90_dq_d96", 2, 96, 3, 64, 3, 3, 1, "as d128"},
+    {"sm90_dq_d112", 2, 112, 3, 64, 3, 3, 1, "as d128"},
     {"sm90_dq_d128", 2, 128, 3, 64, 3, 3, 1,
      "three warpgroups with one Q buffer, against two with two: 0 to 3 % of the whole backward"},
     {"sm90_dq_d192", 2, 192, 2, 64, 3, 2, 1, "the most stages that fit beside Q and dO"},
@@ -154,9 +154,9 @@ constexpr bool valid(const DqTile& t) {
   return t.shared_bytes() <= kSharedBytesPerCta && t.tile_n % 16 == 0 && t.kv_bytes() % tile::kPanelAlignment == 0;
 }
 
-constexpr int dq_row(std::string_view name) {
+constexpr int dq_row(int head_dim) {
   for (int i = 0; i < static_cast<int>(sizeof(kDqTiles) / sizeof(kDqTiles[0])); ++i)
-    if (kDqTiles[i].name == name) return i;
+    if (kDqTiles[i].head_dim == head_dim) return i;
   return -1;
 }
 

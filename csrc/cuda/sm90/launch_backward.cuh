@@ -163,7 +163,7 @@ size_t backward_v2_workspace(const cuda::Call& call) {
   return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, splits_dq(call.p), call.p, nullptr).bytes;
 }
 
-template <typename T, int kRow, int kDqRow>
+template <typename T, int kRow>
 cudaError_t launch_backward_v2(const cuda::Call& call, void* workspace, cudaStream_t stream) {
   constexpr BackwardTile kTile = kBackwardTiles[kRow];
   const BackwardParams& p = call.p;
@@ -190,7 +190,7 @@ cudaError_t launch_backward_v2(const cuda::Call& call, void* workspace, cudaStre
   error = launch_dependent(split ? kWithoutDq : kWithDq, ctas_for(launch.order, call), BackwardTile::kThreads,
                            kTile.shared_bytes(), stream, p, launch);
   if (error != cudaSuccess) return error;
-  if (split) return launch_dq<T, kDqRow>(call, space, kTile.tile_m, stream);
+  if (split) return launch_dq<T, dq_row(kTile.head_dim)>(call, space, kTile.tile_m, stream);
   const int slabs = launch.m_tiles * (kTile.tile_m / 16);
   return launch_dependent(&convert_dq_kernel<T, kTile.head_dim>,
                           cuda::ceil_div(z.batch * z.heads * slabs, kConvertWarps), 32 * kConvertWarps, 0, stream, p.dq,
@@ -203,7 +203,7 @@ size_t backward_split_workspace(const cuda::Call& call) {
   return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, true, call.p, nullptr).bytes;
 }
 
-template <typename T, int kRow, int kDqRow>
+template <typename T, int kRow>
 cudaError_t launch_backward_split(const cuda::Call& call, void* workspace, cudaStream_t stream) {
   constexpr DkvTile kTile = kDkvTiles[kRow];
   const BackwardParams& p = call.p;
@@ -224,13 +224,13 @@ cudaError_t launch_backward_split(const cuda::Call& call, void* workspace, cudaS
   error = launch_dependent(kKernel, ctas_for(launch.order, call), DkvTile::kThreads, kTile.shared_bytes(), stream, p,
                            launch);
   if (error != cudaSuccess) return error;
-  return launch_dq<T, kDqRow>(call, space, kTile.tile_m, stream);
+  return launch_dq<T, dq_row(kTile.head_dim)>(call, space, kTile.tile_m, stream);
 }
 
 // The registry's rows.
-template <typename T, int kRow, int kDqRow>
+template <typename T, int kRow>
 cuda::KernelEntry backward_v2_entry() {
-  static_assert(kRow >= 0 && kDqRow >= 0, "no such row");
+  static_assert(kRow >= 0, "no such row");
   constexpr BackwardTile t = kBackwardTiles[kRow];
   return {t.name.data(),
           90,
@@ -241,12 +241,12 @@ cuda::KernelEntry backward_v2_entry() {
           {t.tile_m, kBackwardKeys, BackwardTile::kThreads, t.stages, t.shared_bytes()},
           t.why.data(),
           &backward_v2_workspace<kRow>,
-          &launch_backward_v2<T, kRow, kDqRow>};
+          &launch_backward_v2<T, kRow>};
 }
 
-template <typename T, int kRow, int kDqRow>
+template <typename T, int kRow>
 cuda::KernelEntry backward_split_entry() {
-  static_assert(kRow >= 0 && kDqRow >= 0, "no such row");
+  static_assert(kRow >= 0, "no such row");
   constexpr DkvTile t = kDkvTiles[kRow];
   return {t.name.data(),
           90,
@@ -257,7 +257,7 @@ cuda::KernelEntry backward_split_entry() {
           {t.tile_m, kRowsPerWarpgroup, DkvTile::kThreads, t.stages, t.shared_bytes()},
           t.why.data(),
           &backward_split_workspace<kRow>,
-          &launch_backward_split<T, kRow, kDqRow>};
+          &launch_backward_split<T, kRow>};
 }
 
 }  // namespace fae::sm90
