@@ -12,10 +12,6 @@ FAE_DEVICE void red_add_v4(float* p, float x, float y, float z, float w) {
   asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(p), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 }
 
-FAE_DEVICE void st_v4(float* p, float x, float y, float z, float w) {
-  asm volatile("st.global.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(p), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
-}
-
 // Loads and reductions that order other memory accesses of the device around them. sm_70 and later.
 FAE_DEVICE int ld_acquire(const int* p) {
   int x;

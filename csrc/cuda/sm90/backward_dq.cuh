@@ -3,7 +3,7 @@
 // Seven products instead of five, but nothing is summed across CTAs: no fp32 copy of dQ in global memory, and the same bits in
 // every run. One thread, the producer, keeps copies under way; each warpgroup owns 64 query rows and runs on its own:
 //
-//     producer     Q dO K0 V0 K1 V1 ... | Q' dO' K0' V0' ...           waits: q_empty, k_empty, v_empty
+//     producer     K0 Q dO V0 K1 V1 ... | K0' Q' dO' V0' ...           waits: q_empty, k_empty, v_empty
 //     warpgroup    S = Q Kj^T, dP = dO Vj^T                            waits: q_full, k_full, v_full
 //                  dS = exp2(S - lse) (dP - delta)
 //                  dQ += dS Kj

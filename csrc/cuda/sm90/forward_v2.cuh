@@ -4,7 +4,7 @@
 // consumer warpgroup owns 64 query rows and runs on its own, so that the tensor cores work for one while others take
 // exponentials:
 //
-//     producer    Q  K0 K1 V0 K2 V1 ... Vn | Q' K0' K1' V0' ...       waits: q_empty, k_empty, v_empty
+//     producer    K0 Q  K1 V0 K2 V1 ... Vn | K0' Q' K1' V0' ...       waits: q_empty, k_empty, v_empty
 //     consumer    S = Q K0                                            waits: q_full, k_full
 //                 P = softmax(S)
 //                 repeat: S = Q Kj, O += P Vj-1 together; P = softmax(S)       k_full, v_full
@@ -29,6 +29,7 @@
 #include "../ptx/wgmma_sync.cuh"
 #include "../tile/mask.cuh"
 #include "../tile/online_softmax.cuh"
+#include "../tile/quad.cuh"
 #include "../tile/wgmma_tile.cuh"
 #include "config.h"
 #include "pipeline.cuh"
@@ -273,15 +274,7 @@ struct Forward {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           uint32_t x[4] = {packed[i][half], packed[i + 1][half], packed[i + 2][half], packed[i + 3][half]};
-#pragma unroll
-          for (int bit = 1; bit <= 2; bit *= 2) {
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-              if (k & bit) continue;
-              const uint32_t got = __shfl_xor_sync(0xffffffffu, t & bit ? x[k] : x[k + bit], bit);
-              (t & bit ? x[k] : x[k + bit]) = got;
-            }
-          }
+          tile::transpose_quad(x, t);
           const int row = done.row + lane / 4 + 8 * half, column = 8 * (i + t);
           if (row < p.sizes.seqlen_q && column < p.sizes.head_dim_v)
             *reinterpret_cast<uint4*>(p.o.row<T>(done.b, done.h, row) + column) = make_uint4(x[0], x[1], x[2], x[3]);

@@ -29,7 +29,7 @@ inline int mean_keys(const AttentionParams& p) {
 }
 
 // Whether dQ has a kernel of its own. That is the same in every run; and where rows see few keys, its two products more cost
-// less than an fp32 dQ that is cleared, added to and converted: at 512 keys 5 to 30 % less, at 1,024 as much or more.
+// less than an fp32 dQ that is cleared, added to and converted: at 512 keys 1 to 30 % less, at 1,024 as much or more.
 constexpr int kFewKeys = 640;
 inline bool splits_dq(const BackwardParams& p) {
 #if defined(FAE_DEV)
@@ -55,43 +55,19 @@ struct BackwardWorkspace {
   }
 };
 
-// Heads whose K and V, or Q, dO and dQ, are walked together are taken as sections of some MB; see tile_order.h. 4, 16 and
-// 48 MB were measured: 4 gains 2 % at 1,024 tokens, 16 as much at 4,096, 48 loses up to a third.
-constexpr int64_t kBackwardSectionBytes = 8 << 20, kBackwardLastSectionBytes = 32 << 20,
-                  kBackwardLastSectionTiles = 800;
-inline TileOrder backward_order(int64_t tiles_per_head, int64_t heads, int64_t heads_per_group, int64_t group_bytes,
-                                bool last_first, bool unequal) {
-  TileOrder order{};
-  order.m_tiles = static_cast<int>(tiles_per_head);
-  order.heads = static_cast<int>(heads);
-  order.splits = 1;
-  order.tiles = static_cast<int>(tiles_per_head * heads);
-  order.last_first = last_first;
-  const int64_t groups = kBackwardSectionBytes / group_bytes;
-  const int64_t section = (groups < 1 ? 1 : groups) * heads_per_group;
-  order.section = static_cast<int>(section < heads ? section : heads);
-  int64_t last = heads % order.section == 0 ? order.section : heads % order.section;
-  const int64_t most = kBackwardLastSectionBytes / group_bytes * heads_per_group;
-  if (unequal)
-    while (last * tiles_per_head < kBackwardLastSectionTiles && last + order.section <= (most < heads ? most : heads))
-      last += order.section;
-  order.sections = static_cast<int>((heads - last) / order.section) + 1;
-  return order;
-}
-
 inline bool is_causal(const BackwardParams& p) { return p.fwd.mask_spec.window_right < kOpenDistance; }
 
 inline TileOrder key_tile_order(const BackwardParams& p, int tile_n) {
   const Sizes& z = p.fwd.sizes;
   const int64_t bytes = int64_t{8} * z.seqlen_q * z.head_dim * z.heads_per_kv();
-  return backward_order(cuda::ceil_div(z.seqlen_k, tile_n), z.batch * z.heads_kv, 1, bytes, false, is_causal(p));
+  return make_tile_order(cuda::ceil_div(z.seqlen_k, tile_n), z.batch * z.heads_kv, 1, bytes, 1, false, is_causal(p));
 }
 
 inline TileOrder query_tile_order(const BackwardParams& p, int tile_m) {
   const Sizes& z = p.fwd.sizes;
   const int64_t bytes = int64_t{2} * z.seqlen_k * (z.head_dim + z.head_dim_v);
-  return backward_order(cuda::ceil_div(z.seqlen_q, tile_m), z.batch * z.heads, z.heads_per_kv(), bytes, is_causal(p),
-                        is_causal(p));
+  return make_tile_order(cuda::ceil_div(z.seqlen_q, tile_m), z.batch * z.heads, z.heads_per_kv(), bytes, 1,
+                         is_causal(p), is_causal(p));
 }
 
 inline int ctas_for(const TileOrder& order, const cuda::Call& call) {

@@ -5,15 +5,9 @@
 #include "../shared/combine.cuh"
 #include "../shared/launch.h"
 #include "forward_v2.cuh"
+#include "launch.h"
 
 namespace fae::sm90 {
-
-// K and V of the heads whose tiles are scheduled together: a part of the 50 MB of L2 that all CTAs share. 2, 8 and 24 MB were
-// measured: without a mask they are equal, with one 8 is the fastest nearly everywhere, 24 up to 8 % slower.
-constexpr int64_t kSectionBytes = 8 << 20;
-// The last section is larger where tiles are unequal: its long tiles come first, and the GPU should end with short ones. It
-// grows until it has so many tiles or so many bytes: +4 to +16 % at 2k to 8k, causal.
-constexpr int64_t kLastSectionTiles = 800, kLastSectionBytes = 32 << 20;
 
 // How many tiles share the keys of a row tile: a function of one batch entry's sizes and the GPU, never of the batch, so
 // that a row's bits do not depend on the batch it runs in. Keys are split only where one entry has fewer tiles than the GPU
@@ -36,25 +30,10 @@ inline SplitPlan plan_splits(const ForwardTile& t, const Sizes& z, int sm_count)
 
 inline TileOrder tile_order(const ForwardTile& t, const AttentionParams& p, int splits) {
   const Sizes& z = p.sizes;
-  TileOrder order{};
-  order.m_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_q, t.tile_m()));
-  order.heads = static_cast<int>(z.batch * z.heads);
-  const int64_t group_bytes = int64_t{2} * z.seqlen_k * (z.head_dim + z.head_dim_v);
-  const int64_t groups = kSectionBytes / group_bytes;
-  const int64_t section = (groups > 1 ? groups : 1) * z.heads_per_kv();
-  order.section = static_cast<int>(section < order.heads ? section : order.heads);
-  order.last_first = p.mask_spec.window_right < kOpenDistance;
-  int64_t last = order.heads % order.section == 0 ? order.section : order.heads % order.section;
-  if (order.last_first) {
-    const int64_t most = (kLastSectionBytes) / group_bytes * z.heads_per_kv();
-    while (last * order.m_tiles < kLastSectionTiles &&
-           last + order.section <= (most < order.heads ? most : order.heads))
-      last += order.section;
-  }
-  order.sections = static_cast<int>((order.heads - last) / order.section) + 1;
-  order.splits = splits;
-  order.tiles = order.m_tiles * order.heads * splits;
-  return order;
+  const bool causal = p.mask_spec.window_right < kOpenDistance;
+  const int64_t bytes = int64_t{2} * z.seqlen_k * (z.head_dim + z.head_dim_v);
+  return make_tile_order(cuda::ceil_div(z.seqlen_q, t.tile_m()), z.batch * z.heads, z.heads_per_kv(), bytes, splits,
+                         causal, causal);
 }
 
 // The counter of tiles, then what the splits leave.
@@ -73,8 +52,6 @@ cudaError_t launch_forward_v2(const cuda::Call& call, void* workspace, cudaStrea
   const AttentionParams& p = call.p.fwd;
   const Sizes& z = p.sizes;
   const DType dtype = cuda::dtype_of<T>();
-  if (z.batch * z.heads * cuda::ceil_div(z.seqlen_q, kTile.tile_m()) >= int64_t{1} << 31)
-    return cudaErrorInvalidConfiguration;
   ForwardLaunch launch{};
   cudaError_t error = make_tensor_map(&launch.q, p.q, dtype, z.batch, z.heads, z.seqlen_q, z.head_dim, kTile.tile_m());
   if (error == cudaSuccess)
@@ -100,16 +77,9 @@ cudaError_t launch_forward_v2(const cuda::Call& call, void* workspace, cudaStrea
   constexpr auto* kKernel = &forward_v2_kernel<T, kRow>;
   if ((error = cuda::allow_shared_bytes<kKernel>(kTile.shared_bytes())) != cudaSuccess) return error;
   const int ctas = launch.order.tiles < call.device.sm_count ? launch.order.tiles : call.device.sm_count;
-  // Dependent launches: the kernel is on the SMs before its predecessors end, and waits there.
-  cudaLaunchAttribute dependent{};
-  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  dependent.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config{};
-  config.stream = stream, config.attrs = &dependent, config.numAttrs = 1;
-  config.gridDim = 1, config.blockDim = 1;
-  if ((error = cudaLaunchKernelEx(&config, clear_counter_kernel, launch.next_tile)) != cudaSuccess) return error;
-  config.gridDim = ctas, config.blockDim = kTile.threads(), config.dynamicSmemBytes = kTile.shared_bytes();
-  if ((error = cudaLaunchKernelEx(&config, kKernel, p, launch)) != cudaSuccess || plan.splits == 1) return error;
+  if ((error = launch_dependent(&clear_counter_kernel, 1, 1, 0, stream, launch.next_tile)) != cudaSuccess) return error;
+  error = launch_dependent(kKernel, ctas, kTile.threads(), kTile.shared_bytes(), stream, p, launch);
+  if (error != cudaSuccess || plan.splits == 1) return error;
   return cuda::combine_splits<T>(p, launch.partial_o, launch.partial_lse, plan.splits, stream);
 }
 

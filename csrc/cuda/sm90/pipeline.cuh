@@ -43,12 +43,6 @@ struct RingBarriers {
   FAE_DEVICE void wait_full(const Ring<kStages>& at, const char* name) const {
     ptx::mbarrier_wait(full_address(at.stage), at.parity, name);
   }
-  FAE_DEVICE bool is_full(const Ring<kStages>& at) const {
-    return ptx::mbarrier_try_wait(full_address(at.stage), at.parity);
-  }
-  FAE_DEVICE bool is_empty(const Ring<kStages>& at) const {
-    return ptx::mbarrier_try_wait(empty_address(at.stage), at.parity ^ 1);
-  }
   // A fresh barrier counts as empty: its phase "before the first" has the other parity.
   FAE_DEVICE void wait_empty(const Ring<kStages>& at, const char* name) const {
     ptx::mbarrier_wait(empty_address(at.stage), at.parity ^ 1, name);
