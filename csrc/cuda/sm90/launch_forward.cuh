@@ -57,6 +57,15 @@ inline TileOrder tile_order(const ForwardTile& t, const AttentionParams& p, int 
   return order;
 }
 
+// The counter of tiles starts at 0.
+static __global__ void clear_counter_kernel(int* counter) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
+#endif
+  *counter = 0;
+}
+
 // The counter of tiles, then what the splits leave.
 template <int kRow>
 size_t forward_v2_workspace(const cuda::Call& call) {
