@@ -43,6 +43,16 @@ def test_no_spill_and_no_serialised_wgmma(source: Path) -> None:
     assert (warning := re.search(r"C75\d\d.*", said)) is None, warning[0]
 
 
+@pytest.mark.parametrize("arch, has_code", [("sm_80", "false"), ("sm_90a", "true")])
+def test_a_build_knows_whether_it_has_code_for_hopper(arch: str, has_code: str, tmp_path: Path) -> None:
+    """Else a build for 8.0 alone would run empty kernels on a Hopper GPU."""
+    source = tmp_path / "has_code.cu"
+    source.write_text(f'#include "cuda/sm90/launch.h"\nstatic_assert(fae::sm90::has_code() == {has_code});\n')
+    command = [str(NVCC), "-std=c++17", f"-arch={arch}", "-I", str(ROOT / "csrc"), "-c", "-o", "/dev/null", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("macro", ["FAE_DEBUG_BARRIERS", "FAE_DEBUG_DELAYS"])
 @pytest.mark.parametrize("name", ["forward_v2_d64", "forward_v2_d256", "backward_v2_d128"])
 def test_debug_builds_compile(name: str, macro: str) -> None:

@@ -440,6 +440,7 @@ __global__ void __launch_bounds__(kForwardTiles[kRow].threads(), 1)
   }
 #else
   (void)p, (void)launch;
+  __trap();
 #endif
 }
 

@@ -5,6 +5,7 @@
 #include "../shared/combine.cuh"
 #include "../shared/launch.h"
 #include "forward_v2.cuh"
+#include "launch.h"
 
 namespace fae::sm90 {
 
@@ -136,7 +137,10 @@ cuda::KernelEntry forward_v2_entry() {
           {t.tile_m(), t.tile_n, t.threads(), t.stages, t.shared_bytes()},
           t.why.data(),
           &forward_v2_workspace<kRow>,
-          &launch_forward_v2<T, kRow>};
+          &launch_forward_v2<T, kRow>,
+          false,
+          0,
+          has_code()};
 }
 
 }  // namespace fae::sm90
