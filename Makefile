@@ -17,7 +17,7 @@ export FLASH_ATTN_EXT_BUILD_DIR := $(CURDIR)/build/objects
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test gpu-check gpu-sanitize lint format sanitize planted-faults bench build-times doctor clean
+.PHONY: help build demo test gpu-check gpu-races gpu-sanitize lint format sanitize planted-faults bench build-times doctor clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -54,6 +54,9 @@ gpu-check: build ## the GPU tests, then the benchmarks; their records go to benc
 	@$(PY) -m pytest -m gpu $(ARGS)
 	@$(PY) -m flash_attn_ext bench --device cuda --grid h100 --directions fwd,bwd --out benchmarks/results
 	@$(PY) -m flash_attn_ext bench --device cuda --grid origin --out benchmarks/results
+
+gpu-races: build ## the Hopper kernels with random delays at every barrier, and with bounded waits
+	@for debug in delays barriers; do bash tools/debug_driver.sh $$debug && build/cuda_driver_$$debug --many 20 || exit 1; done
 
 gpu-sanitize: build ## compute-sanitizer over every CUDA kernel
 	@bash tools/compute_sanitizer.sh $(ARGS)

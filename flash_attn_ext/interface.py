@@ -373,7 +373,8 @@ def explain(
     -------
     dict
         ``{"runs": True, "fwd": plan, "bwd": plan}``, each plan a dict with ``kernel``, ``tile``, ``workspace_bytes``,
-        ``why``, and ``passed_over`` where a faster kernel of this GPU cannot serve the call; or ``{"runs": False, "why_not": text}``.
+        ``why``, and ``passed_over`` where a faster kernel of this GPU cannot serve the call; or
+        ``{"runs": False, "why_not": text}``.
     """
     try:
         _reject_missing("flash_attention", softcap, alibi_slopes, mask, bias, dropout_p)

@@ -70,3 +70,17 @@ def test_every_kernel_from_cpp() -> None:
         pytest.skip("no objects of a CUDA build below build/objects: make build")
     run("bash", "tools/compute_sanitizer.sh", "--build-only")
     assert " 0 problems wrong" in run(str(ROOT / "build" / "cuda_driver"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("build", ["delays", "barriers"])
+def test_debug_builds_of_the_hopper_kernels(build: str) -> None:
+    """With random delays at every barrier results have to stay right; with bounded waits nothing may hang."""
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a GPU of compute capability 9.x")
+    driver = ROOT / "build" / f"cuda_driver_{build}"
+    if not driver.exists():
+        if len(objects()) < 3:
+            pytest.skip("no objects of a CUDA build below build/objects: make build")
+        run("bash", "tools/debug_driver.sh", build)
+    assert " 0 problems wrong" in run(str(driver), "--many", "20" if build == "delays" else "1")

@@ -77,7 +77,9 @@ def is_known_gap(row: dict[str, Any], gpu: str, head_dim: int) -> bool:
 def test_the_table_has_every_pass_and_dtype() -> None:
     have = {(row["arch"], row["pass"], row["version"], row["dtype"]) for row in ROWS}
     dtypes = ("float16", "bfloat16", "float32")
-    everywhere = {("sm80", p, version, dtype) for p, version in (("fwd", 1), ("fwd", 2), ("bwd", 2)) for dtype in dtypes}
+    everywhere = {
+        ("sm80", p, version, dtype) for p, version in (("fwd", 1), ("fwd", 2), ("bwd", 2)) for dtype in dtypes
+    }
     assert have == everywhere | {("sm90", p, 2, dtype) for p in ("fwd", "bwd") for dtype in dtypes[:2]}
     assert all(row["head_dim_max"] == 256 for row in ROWS)
 
@@ -157,7 +159,7 @@ def test_short_problems_on_hopper() -> None:
 
 
 def test_hopper_kernels_are_for_hopper_alone() -> None:
-    """Code for compute capability 9.0a runs on 9.x and nowhere else; the smallest padded head dimension counts there."""
+    """Code for compute capability 9.0a runs on 9.x alone; the smallest padded head dimension counts there."""
     for row in ROWS:
         if row["arch"] != "sm90":
             continue

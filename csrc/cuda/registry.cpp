@@ -59,6 +59,7 @@ constexpr int kHopper = 90;
 
 // Code for 9.0a runs on no later architecture.
 bool runs_on(const KernelEntry& e, const Device& device) {
+  if (!e.has_code) return false;
   return e.arch == kHopper ? device.compute_capability / 10 == kHopper / 10 : e.arch <= device.compute_capability;
 }
 
@@ -154,6 +155,8 @@ std::string explain_none(const KernelKey& key, const Device& device) {
     std::string reason;
     if (e.head_dim_max < key.head_dim)
       reason = "head dimensions up to " + text_of(e.head_dim_max);
+    else if (!e.has_code)
+      reason = "this build has no code for compute capability 9.0a";
     else if (!runs_on(e, device))
       reason = "needs compute capability " + (e.arch == kHopper ? "9.x" : text_of_capability(e.arch));
     else if (!can_copy(e, key))

@@ -73,6 +73,7 @@ struct KernelEntry {
   cudaError_t (*launch)(const Call&, void* workspace, cudaStream_t stream);
   bool for_short_problems = false;  // taken only where larger tiles of one batch entry leave most SMs without one
   int shared_bytes_unasked = 0;     // taken only by name, or where a block could have this much shared memory
+  bool has_code = true;             // false: this build left its architecture out
 };
 
 // All entries, in the order in which find() prefers them among those that fit.

@@ -29,8 +29,8 @@ FAE_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t address) {
 
 // stmatrix, PTX ISA 9.7.14.5.16; sm_90. The reverse of ldmatrix_x4.
 FAE_DEVICE void stmatrix_x4(uint32_t address, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r0), "r"(r1), "r"(r2),
-               "r"(r3)
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1,%2,%3,%4};" ::"r"(address), "r"(r0), "r"(r1),
+               "r"(r2), "r"(r3)
                : "memory");
 }
 

@@ -1,8 +1,8 @@
 // Written by wgmma_forms.py: do not edit.
-// wgmma.mma_async m64nNk16, PTX ISA 9.7.15.5; sm_90a. D[64][N] (+)= A[64][16] B[16][N], fp32 accumulators. The accumulator's
-// extent picks N: d[i] are, of columns 8 i + 2 (lane % 4) and the next, row lane / 4 (elements 0, 1) and row lane / 4 + 8
-// (2, 3) of the warp's 16 rows. `accumulate` 0: D = A B. B, and A in shared memory, are given by descriptors
-// (tile/wgmma_tile.cuh); transpose 1: the operand is stored with its M or N dimension contiguous.
+// wgmma.mma_async m64nNk16, PTX ISA 9.7.15.5; sm_90a. D[64][N] (+)= A[64][16] B[16][N], fp32 accumulators. The
+// accumulator's extent picks N: d[i] are, of columns 8 i + 2 (lane % 4) and the next, row lane / 4 (elements 0, 1) and
+// row lane / 4 + 8 (2, 3) of the warp's 16 rows. `accumulate` 0: D = A B. B, and A in shared memory, are given by
+// descriptors (tile/wgmma_tile.cuh); transpose 1: the operand is stored with its M or N dimension contiguous.
 #pragma once
 
 #include <cuda_fp16.h>

@@ -3,8 +3,8 @@
     python csrc/cuda/ptx/wgmma_forms.py            writes the file beside it
     python csrc/cuda/ptx/wgmma_forms.py --check    exit status 1 where it is not what it would write
 
-The instruction names every accumulator register, so a form for each width is text that nobody should type. A new width is
-one number in WIDTHS.
+The instruction names every accumulator register, so a form for each width is text that nobody should type. A new width
+is one number in WIDTHS.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ HERE = Path(__file__).resolve().parent
 WIDTHS = (16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 256)  # N of m64nNk16
 HEAD = """\
 // Written by wgmma_forms.py: do not edit.
-// wgmma.mma_async m64nNk16, PTX ISA 9.7.15.5; sm_90a. D[64][N] (+)= A[64][16] B[16][N], fp32 accumulators. The accumulator's
-// extent picks N: d[i] are, of columns 8 i + 2 (lane % 4) and the next, row lane / 4 (elements 0, 1) and row lane / 4 + 8
-// (2, 3) of the warp's 16 rows. `accumulate` 0: D = A B. B, and A in shared memory, are given by descriptors
-// (tile/wgmma_tile.cuh); transpose 1: the operand is stored with its M or N dimension contiguous.
+// wgmma.mma_async m64nNk16, PTX ISA 9.7.15.5; sm_90a. D[64][N] (+)= A[64][16] B[16][N], fp32 accumulators. The
+// accumulator's extent picks N: d[i] are, of columns 8 i + 2 (lane % 4) and the next, row lane / 4 (elements 0, 1) and
+// row lane / 4 + 8 (2, 3) of the warp's 16 rows. `accumulate` 0: D = A B. B, and A in shared memory, are given by
+// descriptors (tile/wgmma_tile.cuh); transpose 1: the operand is stored with its M or N dimension contiguous.
 #pragma once
 
 #include <cuda_fp16.h>

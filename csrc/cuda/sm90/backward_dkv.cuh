@@ -316,6 +316,7 @@ __global__ void __launch_bounds__(DkvTile::kThreads, 1)
   }
 #else
   (void)p, (void)launch;
+  __trap();
 #endif
 }
 

@@ -307,6 +307,7 @@ __global__ void __launch_bounds__(kDqTiles[kRow].threads(), 1)
   }
 #else
   (void)p, (void)launch;
+  __trap();
 #endif
 }
 

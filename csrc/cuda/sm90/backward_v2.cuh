@@ -430,6 +430,7 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
   }
 #else
   (void)p, (void)launch;
+  __trap();
 #endif
 }
 

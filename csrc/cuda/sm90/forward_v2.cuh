@@ -32,21 +32,10 @@
 #include "../tile/quad.cuh"
 #include "../tile/wgmma_tile.cuh"
 #include "config.h"
+#include "forward_launch.h"
 #include "pipeline.cuh"
-#include "tensor_map.h"
-#include "tile_order.h"
 
 namespace fae::sm90 {
-
-struct ForwardLaunch {
-  CUtensorMap q, k, v, o;
-  TileOrder order;
-  float scale_log2;    // positive
-  int* next_tile;      // counter from which CTAs draw tiles, 0 at the start
-  int split_tiles;     // key tiles of a split
-  float* partial_o;    // [splits][batch * heads * seqlen_q][head_dim_v]; nullptr: the keys are not split
-  float* partial_lse;  // [splits][batch * heads * seqlen_q], natural log
-};
 
 template <typename T, int kRow>
 struct Forward {
@@ -114,8 +103,8 @@ struct Forward {
   FAE_DEVICE static void produce(Shared& shared, const AttentionParams& p, const ForwardLaunch& launch) {
     Ring<kQBuffers> q_at;
     Ring<kStages> k_at, v_at;
-    ptx::
-        griddepcontrol_wait();  // for the counter, and for whoever writes Q, K and V; the consumers wait for copies alone
+    // For the counter, and for whoever writes Q, K and V; the consumers wait for copies alone.
+    ptx::griddepcontrol_wait();
     for (int index = blockIdx.x; index < launch.order.tiles;) {
       const Tile tile = tile_at(p, launch, index);
       const Range tiles = tile.keys;
@@ -416,15 +405,6 @@ struct Forward {
   }
 };
 
-// The counter of tiles starts at 0.
-static __global__ void clear_counter_kernel(int* counter) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  ptx::griddepcontrol_launch_dependents();
-  ptx::griddepcontrol_wait();
-#endif
-  *counter = 0;
-}
-
 template <typename T, int kRow>
 __global__ void __launch_bounds__(kForwardTiles[kRow].threads(), 1)
     forward_v2_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ ForwardLaunch launch) {
@@ -453,6 +433,7 @@ __global__ void __launch_bounds__(kForwardTiles[kRow].threads(), 1)
   }
 #else
   (void)p, (void)launch;
+  __trap();
 #endif
 }
 

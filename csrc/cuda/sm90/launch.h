@@ -1,11 +1,22 @@
-// Programmatic dependent launches.
+// What all launches for Hopper share: dependent launches, whether there is code for it.
 #pragma once
 
 #include <cuda_runtime.h>
 
+#include <initializer_list>
 #include <utility>
 
 namespace fae::sm90 {
+
+// Whether this build has code for compute capability 9.0 at all. A kernel's body is compiled for 9.0a alone: without this the
+// registry would choose empty kernels in a build for 8.0, and nobody would notice. In one for 9.0 without the "a" they trap.
+constexpr bool has_code() {
+#if defined(__CUDA_ARCH_LIST__)
+  for (const int arch : {__CUDA_ARCH_LIST__})
+    if (arch == 900) return true;
+#endif
+  return false;
+}
 
 // Launches a kernel whose CTAs may be on the SMs before the kernels queued before it have ended; it waits there, with
 // griddepcontrol.wait, before it touches what they write or read.

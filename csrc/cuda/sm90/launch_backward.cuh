@@ -217,7 +217,10 @@ cuda::KernelEntry backward_v2_entry() {
           {t.tile_m, kBackwardKeys, BackwardTile::kThreads, t.stages, t.shared_bytes()},
           t.why.data(),
           &backward_v2_workspace<kRow>,
-          &launch_backward_v2<T, kRow>};
+          &launch_backward_v2<T, kRow>,
+          false,
+          0,
+          has_code()};
 }
 
 template <typename T, int kRow>
@@ -233,7 +236,10 @@ cuda::KernelEntry backward_split_entry() {
           {t.tile_m, kRowsPerWarpgroup, DkvTile::kThreads, t.stages, t.shared_bytes()},
           t.why.data(),
           &backward_split_workspace<kRow>,
-          &launch_backward_split<T, kRow>};
+          &launch_backward_split<T, kRow>,
+          false,
+          0,
+          has_code()};
 }
 
 }  // namespace fae::sm90

@@ -36,6 +36,15 @@ inline TileOrder tile_order(const ForwardTile& t, const AttentionParams& p, int 
                          causal, causal);
 }
 
+// The counter of tiles starts at 0.
+static __global__ void clear_counter_kernel(int* counter) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  ptx::griddepcontrol_launch_dependents();
+  ptx::griddepcontrol_wait();
+#endif
+  *counter = 0;
+}
+
 // The counter of tiles, then what the splits leave.
 template <int kRow>
 size_t forward_v2_workspace(const cuda::Call& call) {
@@ -97,7 +106,10 @@ cuda::KernelEntry forward_v2_entry() {
           {t.tile_m(), t.tile_n, t.threads(), t.stages, t.shared_bytes()},
           t.why.data(),
           &forward_v2_workspace<kRow>,
-          &launch_forward_v2<T, kRow>};
+          &launch_forward_v2<T, kRow>,
+          false,
+          0,
+          has_code()};
 }
 
 }  // namespace fae::sm90

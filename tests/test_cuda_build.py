@@ -1,0 +1,61 @@
+"""What nvcc makes of the Hopper kernels: no spill, no serialised wgmma; debug builds compile. Needs nvcc and no GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+INSTANCES = sorted((ROOT / "csrc" / "cuda" / "instances").glob("sm90_*.cu"))
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc")]
+
+
+# (stack frame, spill stores, spill loads) in bytes.
+SPILLS = {"sm90_backward_v2_d96_16bit": ("8", "8", "28")}  # of one of its kernels; what it costs is not measured yet
+
+
+def said_by_ptxas(source: Path, *flags: str) -> str:
+    """Two to five seconds a file."""
+    command = [str(NVCC), "-std=c++17", "-O3", "--expt-relaxed-constexpr", *flags]
+    command += ["-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin", "-o", "/dev/null", str(source)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
+
+
+def test_there_are_instances() -> None:
+    """Else the tests below say nothing."""
+    assert len([path for path in INSTANCES if "forward" in path.name]) == 7
+
+
+@pytest.mark.parametrize("source", INSTANCES, ids=lambda path: path.stem)
+def test_no_spill_and_no_serialised_wgmma(source: Path) -> None:
+    """C7510 and its kin: ptxas waits for each product where it cannot follow the registers of several."""
+    said = said_by_ptxas(source)
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert len(frames) >= 2 and set(frames) - {SPILLS.get(source.stem)} == {("0", "0", "0")}, said
+    assert (warning := re.search(r"C75\d\d.*", said)) is None, warning[0]
+
+
+@pytest.mark.parametrize("arch, has_code", [("sm_80", "false"), ("sm_90a", "true")])
+def test_a_build_knows_whether_it_has_code_for_hopper(arch: str, has_code: str, tmp_path: Path) -> None:
+    """Else a build for 8.0 alone would run empty kernels on a Hopper GPU."""
+    source = tmp_path / "has_code.cu"
+    source.write_text(f'#include "cuda/sm90/launch.h"\nstatic_assert(fae::sm90::has_code() == {has_code});\n')
+    command = [str(NVCC), "-std=c++17", f"-arch={arch}", "-I", str(ROOT / "csrc"), "-c", "-o", "/dev/null", str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("macro", ["FAE_DEBUG_BARRIERS", "FAE_DEBUG_DELAYS"])
+@pytest.mark.parametrize("name", ["forward_v2_d64", "forward_v2_d256", "backward_v2_d128"])
+def test_debug_builds_compile(name: str, macro: str) -> None:
+    """Delays have to leave the products in parallel, or they would hide what they are to show."""
+    said = said_by_ptxas(ROOT / "csrc" / "cuda" / "instances" / f"sm90_{name}_16bit.cu", f"-D{macro}")
+    assert macro == "FAE_DEBUG_BARRIERS" or "C75" not in said, said

@@ -1,0 +1,272 @@
+"""What the Hopper forward has to itself: its gate, the copy engine's borders, a maximum that moves late, split keys,
+dependent launches. What holds for every kernel is in test_cuda.py and test_forward.py, which run it too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import harness
+import pytest
+import torch
+from cases import Case
+from tolerance import assert_close_to_oracle
+from torch import Tensor
+
+import flash_attn_ext
+from flash_attn_ext import explain, flash_attention, naive_attention
+
+ops = harness.ops
+DTYPES = ("float16", "bfloat16")
+# The padded head dimension that each D runs on.
+ROW_OF = {8: 64, 16: 64, 40: 64, 64: 64, 72: 80, 80: 80, 88: 96, 96: 96, 104: 112, 112: 112, 120: 128, 128: 128}
+ROW_OF |= {136: 192, 192: 192, 200: 256, 256: 256}
+
+
+@pytest.fixture
+def hopper() -> None:
+    if not any(row["arch"] == "sm90" for row in flash_attn_ext.supported_kernels() if row["device"] == "cuda"):
+        pytest.skip("flash_attn_ext is built without the Hopper kernels")
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs a GPU of compute capability 9.x")
+
+
+def shapes(head_dim: int, dtype: str) -> list[Case]:
+    """Ragged ends on both sides, GQA, windows and both alignments, Dv apart from D, rows that see no key."""
+    base = Case(333, 517, head_dim, batch=2, heads=6, heads_kv=2, dtype=dtype)
+    return [
+        base,
+        replace(base, causal=True),
+        replace(base, causal=True, causal_align="top-left", layout="bshd_transposed"),
+        replace(base, seqlen_q=700, seqlen_k=300, causal=True),  # 400 rows without keys
+        replace(base, seqlen_q=700, seqlen_k=300, window=(50, 20), causal_align="top-left"),
+        replace(base, window=(100, 0), layout="expanded"),
+        replace(base, window=(37, 21), heads_kv=1, scale=0.3),
+        replace(base, head_dim_v=8, causal=True),
+        replace(base, head_dim_v=head_dim // 2 // 8 * 8 or 8, seqlen_q=65, seqlen_k=1),
+        replace(base, seqlen_q=768, seqlen_k=1024, causal=True, batch=3, heads=16, heads_kv=16),  # several tiles a CTA
+    ]
+
+
+def plan(case: Case) -> dict[str, Any]:
+    x = harness.inputs_of(case, "cuda")
+    return explain(x.q, x.k, x.v, **x.kwargs)["fwd"]
+
+
+@pytest.mark.parametrize("head_dim", ROW_OF)
+def test_the_copy_engine_takes_these_cases(head_dim: int) -> None:
+    """On the CPU: else a run on Hopper would test sm80's kernels."""
+    from flash_attn_ext._binary import _C
+
+    if not hasattr(_C, "bulk_copy_obstacle"):
+        pytest.skip("flash_attn_ext is built without CUDA")
+    for case in shapes(head_dim, "bfloat16"):
+        x = harness.inputs_of(case)
+        layouts = [(t.data_ptr(), list(t.shape), list(t.stride())) for t in (x.q, x.k, x.v)]
+        assert _C.bulk_copy_obstacle(layouts, case.scale) is None, case.id
+
+
+for_every_head_dim = pytest.mark.parametrize("head_dim", ROW_OF)
+for_both_dtypes = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@pytest.mark.gpu
+@for_both_dtypes
+@for_every_head_dim
+def test_results(head_dim: int, dtype: str, hopper: None, poisoned: None) -> None:
+    for case in shapes(head_dim, dtype):
+        row = max(ROW_OF[head_dim], ROW_OF[case.dim_v])
+        assert plan(case)["kernel"] == f"sm90_fwd_d{row}", case.id
+        harness.check_forward(case, "cuda")
+
+
+def moved(t: Tensor) -> Tensor:
+    """The same values one element further on: no longer on 16 bytes."""
+    memory = torch.empty(t.numel() + 1, dtype=t.dtype, device=t.device)
+    memory[1:] = t.flatten()
+    return memory[1:].view(t.shape)
+
+
+def padded(t: Tensor) -> Tensor:
+    """Rows four elements apart from each other more than they are long."""
+    wide = torch.full((*t.shape[:-1], t.shape[-1] + 4), float("nan"), dtype=t.dtype, device=t.device)
+    wide[..., :-4] = t
+    return wide[..., :-4]
+
+
+NOT_SERVED: dict[str, tuple[Callable[[Tensor], Tensor], float | None, str]] = {
+    "pointer": (moved, None, "a tensor does not start on a multiple of 16 bytes"),
+    "stride": (padded, None, "a stride is not a multiple of 16 bytes"),
+    "head_dim": (lambda t: t[..., :59].contiguous(), None, "a head dimension is not a multiple of 8"),
+    "scale 0": (lambda t: t, 0.0, "the scale is not positive"),
+    "scale -0.3": (lambda t: t, -0.3, "the scale is not positive"),
+}
+
+
+@pytest.mark.gpu
+@for_both_dtypes
+@pytest.mark.parametrize("what", NOT_SERVED)
+def test_what_falls_back(what: str, dtype: str, hopper: None, poisoned: None) -> None:
+    """To sm80's kernels, and explain says why; each tensor alone is enough."""
+    change, scale, why = NOT_SERVED[what]
+    shape = (2, 4, 200, 64)
+    whole = [harness.randn(*shape, dtype=getattr(torch, dtype), seed=i, device="cuda") for i in range(3)]
+    assert explain(*whole)["fwd"]["kernel"] == "sm90_fwd_d64"
+    for which in ([0, 1], [2]) if what == "head_dim" else ([0], [1], [2]):
+        q, k, v = (change(t) if i in which else t for i, t in enumerate(whole))
+        told = explain(q, k, v, scale)["fwd"]
+        assert told["kernel"].startswith("sm80_fwd_d64") and told["passed_over"] == f"sm90_fwd_d64: {why}"
+        out, lse = flash_attention(q, k, v, scale, causal=True, return_lse=True)
+        ref, ref_lse = naive_attention(q.float(), k.float(), v.float(), scale, causal=True, return_lse=True)
+        torch.testing.assert_close(out.float(), ref, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(lse, ref_lse, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_last_dimension_that_is_copied_does_not_fall_back(hopper: None) -> None:
+    q = harness.randn(2, 4, 64, 200, dtype=torch.bfloat16, device="cuda").mT
+    assert explain(q, q, q)["fwd"]["kernel"] == "sm90_fwd_d64"
+    out = flash_attention(q, q, q)
+    assert torch.equal(out, flash_attention(*[q.contiguous()] * 3))
+
+
+@pytest.mark.gpu
+@for_both_dtypes
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("shape", ["rising", "falling", "one peak", "equal"])
+def test_a_maximum_that_moves(shape: str, head_dim: int, dtype: str, hopper: None) -> None:
+    """Tiles without a mask are tried without a maximum of their own, keys from the last to the first: scores that rise
+    by hundreds on the way, in steps above and below the slack, and rows far below the first reference."""
+    keys, typed = 1500, getattr(torch, dtype)
+    at = torch.arange(keys, dtype=torch.float64)
+    levels = {
+        "rising": at * 0.2,
+        "falling": -at * 0.2,
+        "one peak": torch.where(at == 3, 300.0, at * 0.0),
+        "equal": at * 0.0 + 100.0,
+    }[shape]
+    q = harness.randn(1, 2, 300, head_dim, seed=1)
+    k = harness.randn(1, 2, keys, head_dim, seed=2)
+    q[..., 0], k[..., 0] = 16.0, levels / 16.0
+    v = harness.randn(1, 2, keys, head_dim, seed=3)
+    q, k, v = (t.to("cuda", typed) for t in (q, k, v))
+    assert explain(q, k, v, 1.0)["fwd"]["kernel"] == f"sm90_fwd_d{head_dim}"
+    for scale in (1.0, 0.05):
+        out, lse = flash_attention(q, k, v, scale, return_lse=True)
+        ref, ref_lse = naive_attention(q.double(), k.double(), v.double(), scale, return_lse=True)
+        assert_close_to_oracle(out, ref, naive_attention(q, k, v, scale), kind="output", name="out")
+        torch.testing.assert_close(lse, ref_lse.float(), rtol=1e-5, atol=1e-4)
+
+
+SPLIT = {
+    "one tile": Case(100, 5000, 128, batch=2, heads=1, heads_kv=1),
+    "causal": Case(300, 8200, 64, batch=2, heads=4, heads_kv=2, causal=True),
+    "rows without keys": Case(4300, 4200, 96, heads=1, heads_kv=1, causal=True),
+    "rows past a window": Case(4300, 4200, 64, heads=1, heads_kv=1, window=(50, 0), causal_align="top-left"),
+    "Dv": Case(200, 4100, 256, batch=2, heads=2, heads_kv=1, head_dim_v=72, layout="bshd_transposed"),
+}
+
+
+@pytest.mark.gpu
+@for_both_dtypes
+@pytest.mark.parametrize("name", SPLIT)
+def test_split_keys(name: str, dtype: str, hopper: None, poisoned: None) -> None:
+    case = replace(SPLIT[name], dtype=dtype)
+    told = plan(case)
+    assert told["kernel"].startswith("sm90_fwd") and told["workspace_bytes"] > 256  # more than the counter of tiles
+    harness.check_forward(case, "cuda")
+
+
+def qkv(case: Case, seed: int = 0) -> list[Tensor]:
+    lengths = ((case.heads, case.seqlen_q), (case.heads_kv, case.seqlen_k), (case.heads_kv, case.seqlen_k))
+    return [
+        harness.randn(case.batch, h, s, case.head_dim, dtype=case.torch_dtype, seed=seed + i, device="cuda")
+        for i, (h, s) in enumerate(lengths)
+    ]
+
+
+def same_bits(a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> bool:
+    pairs = [[t.contiguous().view(torch.uint8) for t in pair] for pair in zip(a, b, strict=True)]
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+MANY_TILES = Case(1000, 1000, 128, batch=3, heads=16, heads_kv=4, dtype="bfloat16", causal=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", sorted(set(ROW_OF.values())))
+def test_ten_runs_of_tiles_drawn_from_a_counter(head_dim: int, hopper: None) -> None:
+    """Which CTA gets which tile differs from run to run; bits must not."""
+    for case in (replace(MANY_TILES, head_dim=head_dim), Case(100, 5000, head_dim, dtype="float16", causal=True)):
+        x = qkv(case)
+        expected = ops.fwd(*x, None, -1, 0)
+        assert all(same_bits(ops.fwd(*x, None, -1, 0), expected) for _ in range(9))
+
+
+@pytest.mark.gpu
+def test_bits_of_split_rows_do_not_depend_on_the_batch(hopper: None) -> None:
+    x = qkv(Case(200, 5000, 128, batch=7, heads=2, heads_kv=1, dtype="bfloat16"))
+    assert explain(*x)["fwd"]["workspace_bytes"] > 256
+    together = ops.fwd(*x)
+    for b in range(7):
+        assert same_bits(ops.fwd(*(t[b : b + 1] for t in x)), tuple(t[b : b + 1] for t in together))
+
+
+@pytest.mark.gpu
+def test_two_streams_at_once(hopper: None) -> None:
+    """Each call has a counter of its own, and a dependent launch waits for its own stream."""
+    inputs = [qkv(replace(MANY_TILES, head_dim=d), seed=d) for d in (64, 128)]
+    expected = [ops.fwd(*x, None, -1, 0) for x in inputs]
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream() for _ in inputs], []
+    for _ in range(20):
+        for stream, x, reference in zip(streams, inputs, expected, strict=True):
+            with torch.cuda.stream(stream):
+                results.append((ops.fwd(*x, None, -1, 0), reference))
+    torch.cuda.synchronize()
+    assert all(same_bits(ours, reference) for ours, reference in results)
+
+
+@pytest.mark.gpu
+def test_calls_that_feed_each_other(hopper: None) -> None:
+    """A dependent launch is on the SMs before its predecessor ends, and has to wait for what that one writes."""
+    q, k, v = qkv(Case(1024, 1024, 64, batch=2, heads=16, heads_kv=16, dtype="bfloat16"))
+
+    def chain(wait: bool) -> Tensor:
+        x = q
+        for _ in range(16):
+            x = ops.fwd(x, k, v)[0]
+            if wait:
+                torch.cuda.synchronize()
+        return x
+
+    assert torch.equal(chain(False), chain(True))
+
+
+@pytest.mark.gpu
+def test_a_graph_replayed_many_times(hopper: None) -> None:
+    x = qkv(MANY_TILES)
+    expected = ops.fwd(*x, None, -1, 0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        ops.fwd(*x, None, -1, 0)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [ops.fwd(*x, None, -1, 0) for _ in range(3)]
+    for _ in range(10):
+        for pair in captured:
+            for t in pair:
+                t.fill_(float("nan"))
+        graph.replay()
+        assert all(same_bits(pair, expected) for pair in captured)
+
+
+@pytest.mark.gpu
+def test_gradients_of_lse(hopper: None) -> None:
+    """lse of this forward is what a backward reads."""
+    case = Case(333, 517, 128, batch=2, heads=6, heads_kv=2, dtype="bfloat16", causal=True)
+    assert plan(case)["kernel"] == "sm90_fwd_d128"
+    harness.check_backward(case, "cuda", deterministic=True)
