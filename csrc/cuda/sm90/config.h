@@ -5,7 +5,7 @@
 
 #include "../tile/wgmma_tile.cuh"
 
-#if defined(FAE_WITH_SM90A) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900 && !defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #error "the kernels for Hopper need 9.0a (sm_90a): code for 9.0 would do nothing"
 #endif
 

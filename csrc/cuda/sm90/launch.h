@@ -9,7 +9,7 @@
 namespace fae::sm90 {
 
 // Whether this build has code for compute capability 9.0 at all. A kernel's body is compiled for 9.0a alone: without this the
-// registry would choose empty kernels in a build for 8.0, and nobody would notice. In one for 9.0 without the "a" they trap.
+// registry would choose empty kernels in a build for 8.0, and nobody would notice. 9.0 without the "a" does not compile.
 constexpr bool has_code() {
 #if defined(__CUDA_ARCH_LIST__)
   for (const int arch : {__CUDA_ARCH_LIST__})
