@@ -37,10 +37,20 @@ inline cudaError_t make_tensor_map(CUtensorMap* map, const TensorRef& t, DType d
   const cuuint64_t strides[3] = {bytes(t.stride_s, rows), bytes(t.stride_h, heads), bytes(t.stride_b, batch)};
   const cuuint32_t box[4] = {tile::kPanelColumns, static_cast<cuuint32_t>(box_rows), 1, 1};
   const cuuint32_t step[4] = {1, 1, 1, 1};
-  const CUresult result =
-      encode(map, dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-             t.data, sizes, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto type = dtype == DType::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const auto encode_once = [&] {
+    return encode(map, type, 4, t.data, sizes, strides, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = encode_once();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {
+    // A thread that has not used CUDA yet, such as autograd's: the runtime binds the context of its device.
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaSetDevice(device);
+    if (error != cudaSuccess) return error;
+    result = encode_once();
+  }
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
