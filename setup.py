@@ -96,7 +96,7 @@ def set_jobs() -> None:
 with_cuda, cuda_reason = decide_cuda()
 archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS) if with_cuda else ""
 if {"9.0", "9.0+PTX"} & set(archs.replace(";", " ").split()):
-    sys.exit("flash_attn_ext: TORCH_CUDA_ARCH_LIST names 9.0; the kernels for Hopper are code for 9.0a: name that instead")
+    sys.exit("flash_attn_ext: TORCH_CUDA_ARCH_LIST names 9.0; Hopper's kernels are code for 9.0a: name that instead")
 if not with_cuda and os.environ.get("FLASH_ATTN_EXT_CUDA", "auto") == "auto":
     notice(f"flash_attn_ext: building for the CPU only: {cuda_reason}")
 set_jobs()

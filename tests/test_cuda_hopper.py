@@ -275,7 +275,7 @@ def test_gradients_of_lse(hopper: None) -> None:
 
 @pytest.mark.gpu
 def test_a_thread_that_has_not_used_cuda(hopper: None) -> None:
-    """Tensor maps are made by the driver, which wants a context; autograd's threads may have none before our backward."""
+    """The driver makes tensor maps and wants a context; autograd's threads may have none before our backward."""
     case = Case(300, 300, 128, batch=1, heads=2, heads_kv=2, dtype="bfloat16", causal=True)
     x = harness.inputs_of(case, "cuda")
     expected = flash_attention(x.q, x.k, x.v, causal=True)
