@@ -17,15 +17,14 @@
 #include "../ptx/arithmetic.cuh"
 #include "../ptx/control.cuh"
 #include "../ptx/shared_memory.cuh"
-#include "../ptx/tma.cuh"
 #include "../ptx/wgmma.cuh"
 #include "../ptx/wgmma_sync.cuh"
 #include "../tile/mask.cuh"
 #include "../tile/mma.cuh"
-#include "../tile/quad.cuh"
 #include "../tile/wgmma_tile.cuh"
 #include "config.h"
 #include "pipeline.cuh"
+#include "steps.cuh"
 #include "tensor_map.h"
 #include "tile_order.h"
 
@@ -45,7 +44,6 @@ struct BackwardDkv {
   static constexpr DkvTile kTile = kDkvTiles[kRow];
   static constexpr int kM = kTile.tile_m, kN = kRowsPerWarpgroup, kD = kTile.head_dim, kPanels = kTile.panels();
   static constexpr int kStages = kTile.stages, kPStages = 2, kWarps = 4;
-  static constexpr int kRowsPerWarp = 16;
 
   using Scores = float[kM / 8][4];
   using Packed = uint32_t[kM / 16][4];  // A fragments
@@ -70,23 +68,6 @@ struct BackwardDkv {
   };
   static_assert(sizeof(Shared) + tile::kPanelAlignment <= kTile.shared_bytes());
 
-  // The query tiles that see one of the keys [key, end).
-  FAE_DEVICE static Range query_tiles(const IntervalMask& mask, int key, int end) {
-    if (key >= mask.seqlen_k) return {0, 0};
-    const Range rows = mask.rows_of_keys(key, min(end, mask.seqlen_k));
-    if (rows.empty()) return {0, 0};
-    return {rows.begin / kM, (rows.end + kM - 1) / kM};
-  }
-
-  FAE_DEVICE static void load_panels(uint8_t* to, int rows, const CUtensorMap* map, uint32_t full, int row, int h,
-                                     int b) {
-    const uint32_t address = ptx::shared_address(to);
-#pragma unroll
-    for (int i = 0; i < kPanels; ++i)
-      ptx::cp_async_bulk_tensor_4d_load(address + i * tile::panel_bytes(rows), map, full, i * tile::kPanelColumns, row,
-                                        h, b);
-  }
-
   FAE_DEVICE static void produce(Shared& shared, const BackwardParams& p, const DkvLaunch& launch) {
     Ring<1> kv_at;
     Ring<kStages> q_at;
@@ -95,15 +76,15 @@ struct BackwardDkv {
     for (int index = blockIdx.x; index < launch.order.tiles;) {
       const TileOrder::Tile item = launch.order.at(index);
       const int b = item.head / z.heads_kv, h_kv = item.head - b * z.heads_kv, n = item.m, group = z.heads_per_kv();
-      const Range tiles = query_tiles(p.fwd.mask(b), n * kN, n * kN + kN);
+      const Range tiles = query_tiles<kM>(p.fwd.mask(b), n * kN, n * kN + kN);
       shared.k_ring.wait_empty(kv_at, "k_empty");
       shared.work_k = {n, b, h_kv};
       ptx::mbarrier_arrive_expect_tx(shared.k_ring.full_address(0), kTile.kv_bytes());
-      load_panels(shared.k[0], kN, &launch.k, shared.k_ring.full_address(0), n * kN, h_kv, b);
+      load_panels<kPanels, kN>(shared.k[0], &launch.k, shared.k_ring.full_address(0), n * kN, h_kv, b);
       shared.v_ring.wait_empty(kv_at, "v_empty");
       shared.work_v = {n, b, h_kv};
       ptx::mbarrier_arrive_expect_tx(shared.v_ring.full_address(0), kTile.kv_bytes());
-      load_panels(shared.v[0], kN, &launch.v, shared.v_ring.full_address(0), n * kN, h_kv, b);
+      load_panels<kPanels, kN>(shared.v[0], &launch.v, shared.v_ring.full_address(0), n * kN, h_kv, b);
       kv_at.advance();
       for (int h = h_kv * group; h < (h_kv + 1) * group; ++h) {
         const float* stats = launch.stats + (int64_t{b} * z.heads + h) * launch.m_tiles * (2 * kM);
@@ -111,8 +92,8 @@ struct BackwardDkv {
           shared.q_ring.wait_empty(q_at, "q_empty");
           const uint32_t full = shared.q_ring.full_address(q_at.stage);
           ptx::mbarrier_arrive_expect_tx(full, 2 * kTile.q_bytes() + 2 * kM * sizeof(float));
-          load_panels(shared.q[q_at.stage], kM, &launch.q, full, m * kM, h, b);
-          load_panels(shared.dout[q_at.stage], kM, &launch.dout, full, m * kM, h, b);
+          load_panels<kPanels, kM>(shared.q[q_at.stage], &launch.q, full, m * kM, h, b);
+          load_panels<kPanels, kM>(shared.dout[q_at.stage], &launch.dout, full, m * kM, h, b);
           ptx::cp_async_bulk_load(ptx::shared_address(shared.stats[q_at.stage]), stats + int64_t{m} * (2 * kM),
                                   2 * kM * sizeof(float), full);
           q_at.advance();
@@ -221,32 +202,6 @@ struct BackwardDkv {
       q_at.advance();
     }
 
-    FAE_DEVICE void store(const Gradient& g, const Work& work, int row) const {
-      const TensorRef& out = kOfV ? p.dv : p.dk;
-      const int t = lane % 4, columns = kOfV ? p.fwd.sizes.head_dim_v : p.fwd.sizes.head_dim;
-      const float scale = kOfV ? 1.0f : launch.scale;
-#pragma unroll
-      for (int i = 0; i < kD / 8; i += 4) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint32_t x[4];
-#pragma unroll
-          for (int k = 0; k < 4; ++k)
-            x[k] = tile::Mma<T>::pack(g[i + k][2 * half] * scale, g[i + k][2 * half + 1] * scale);
-          tile::transpose_quad(x, t);
-          const int r = row + lane / 4 + 8 * half, column = 8 * (i + t);
-          if (r < p.fwd.sizes.seqlen_k && column < columns)
-            *reinterpret_cast<uint4*>(out.row<T>(work.b, work.h_kv, r) + column) = make_uint4(x[0], x[1], x[2], x[3]);
-        }
-      }
-    }
-    FAE_DEVICE void store_zeros(const Work& work, int row) const {
-      const TensorRef& out = kOfV ? p.dv : p.dk;
-      const int columns = kOfV ? p.fwd.sizes.head_dim_v : p.fwd.sizes.head_dim;
-      for (int r = row; r < min(row + kRowsPerWarp, p.fwd.sizes.seqlen_k); ++r)
-        for (int c = lane; c < columns; c += 32) out.row<T>(work.b, work.h_kv, r)[c] = tile::from_float<T>(0.0f);
-    }
-
     FAE_DEVICE void run() {
       Gradient g;
       const RingBarriers<1>& kv_ring = kOfV ? shared.k_ring : shared.v_ring;
@@ -256,7 +211,7 @@ struct BackwardDkv {
         if (work.n < 0) break;
         const IntervalMask mask = p.fwd.mask(work.b);
         const int key = work.n * kN, group = p.fwd.sizes.heads_per_kv();
-        const Range tiles = query_tiles(mask, key, key + kN);
+        const Range tiles = query_tiles<kM>(mask, key, key + kN);
         bool fresh = true;
         for (int g_head = 0; g_head < group; ++g_head) {
           for (int m = tiles.begin; m < tiles.end; ++m) {
@@ -267,10 +222,13 @@ struct BackwardDkv {
         __syncwarp();
         if (lane == 0) kv_ring.release(0);
         const int row = key + warp * kRowsPerWarp;
+        const TensorRef& out = kOfV ? p.dv : p.dk;
+        const Sizes& z = p.fwd.sizes;
+        const int columns = kOfV ? z.head_dim_v : z.head_dim;
         if (fresh)
-          store_zeros(work, row);
+          store_zero_rows<T>(out, work.b, work.h_kv, row, z.seqlen_k, columns, lane);
         else
-          store(g, work, row);
+          store_rows<T>(g, kOfV ? 1.0f : launch.scale, out, work.b, work.h_kv, row, z.seqlen_k, columns, lane);
       }
     }
   };

@@ -15,15 +15,14 @@
 #include "../../core/params.h"
 #include "../ptx/arithmetic.cuh"
 #include "../ptx/control.cuh"
-#include "../ptx/tma.cuh"
 #include "../ptx/wgmma.cuh"
 #include "../ptx/wgmma_sync.cuh"
 #include "../tile/mask.cuh"
 #include "../tile/mma.cuh"
-#include "../tile/quad.cuh"
 #include "../tile/wgmma_tile.cuh"
 #include "config.h"
 #include "pipeline.cuh"
+#include "steps.cuh"
 #include "tensor_map.h"
 #include "tile_order.h"
 
@@ -44,7 +43,6 @@ struct BackwardDq {
   static constexpr int kM = kTile.tile_m(), kN = kTile.tile_n, kD = kTile.head_dim, kPanels = kTile.panels();
   static constexpr int kKStages = kTile.k_stages, kVStages = kTile.v_stages, kQBuffers = kTile.q_buffers;
   static constexpr int kConsumerWarps = 4 * kTile.warpgroups;
-  static constexpr int kRowsPerWarp = 16;
 
   using Scores = float[kN / 8][4];
   using Packed = uint32_t[kN / 16][4];  // A fragments
@@ -67,22 +65,6 @@ struct BackwardDq {
   };
   static_assert(sizeof(Shared) + tile::kPanelAlignment <= kTile.shared_bytes());
 
-  // The key tiles that rows [row, end) see.
-  FAE_DEVICE static Range key_tiles(const IntervalMask& mask, int row, int end) {
-    const Range keys = mask.keys_of_rows(row, min(end, mask.seqlen_q));
-    if (row >= mask.seqlen_q || keys.empty()) return {0, 0};
-    return {keys.begin / kN, (keys.end + kN - 1) / kN};
-  }
-
-  FAE_DEVICE static void load_panels(uint8_t* to, int rows, const CUtensorMap* map, uint32_t full, int row, int h,
-                                     int b) {
-    const uint32_t address = ptx::shared_address(to);
-#pragma unroll
-    for (int i = 0; i < kPanels; ++i)
-      ptx::cp_async_bulk_tensor_4d_load(address + i * tile::panel_bytes(rows), map, full, i * tile::kPanelColumns, row,
-                                        h, b);
-  }
-
   FAE_DEVICE static void produce(Shared& shared, const BackwardParams& p, const DqLaunch& launch) {
     Ring<kQBuffers> q_at;
     Ring<kKStages> k_at;
@@ -92,14 +74,14 @@ struct BackwardDq {
     for (int index = blockIdx.x; index < launch.order.tiles;) {
       const TileOrder::Tile tile = launch.order.at(index);
       const int row = tile.m * kM, b = tile.head / z.heads, h = tile.head - b * z.heads, h_kv = z.kv_head(h);
-      const Range tiles = key_tiles(p.fwd.mask(b), row, row + kM);
+      const Range tiles = key_tiles<kN>(p.fwd.mask(b), row, row + kM);
       for (int j = tiles.end - 1; j >= tiles.begin || j == tiles.end - 1; --j) {
         const bool first = j == tiles.end - 1, some = !tiles.empty();
         if (some) {  // the first keys find room before Q does, where Q has one buffer
           shared.k_ring.wait_empty(k_at, "k_empty");
           const uint32_t full = shared.k_ring.full_address(k_at.stage);
           ptx::mbarrier_arrive_expect_tx(full, kTile.kv_bytes());
-          load_panels(shared.k[k_at.stage], kN, &launch.k, full, j * kN, h_kv, b);
+          load_panels<kPanels, kN>(shared.k[k_at.stage], &launch.k, full, j * kN, h_kv, b);
           k_at.advance();
         }
         if (first) {
@@ -107,15 +89,15 @@ struct BackwardDq {
           shared.work[q_at.stage] = {row, b, h};
           const uint32_t full = shared.q_ring.full_address(q_at.stage);
           ptx::mbarrier_arrive_expect_tx(full, 2 * kTile.q_bytes());
-          load_panels(shared.q[q_at.stage], kM, &launch.q, full, row, h, b);
-          load_panels(shared.dout[q_at.stage], kM, &launch.dout, full, row, h, b);
+          load_panels<kPanels, kM>(shared.q[q_at.stage], &launch.q, full, row, h, b);
+          load_panels<kPanels, kM>(shared.dout[q_at.stage], &launch.dout, full, row, h, b);
           q_at.advance();
         }
         if (!some) break;
         shared.v_ring.wait_empty(v_at, "v_empty");
         const uint32_t full = shared.v_ring.full_address(v_at.stage);
         ptx::mbarrier_arrive_expect_tx(full, kTile.kv_bytes());
-        load_panels(shared.v[v_at.stage], kN, &launch.v, full, j * kN, h_kv, b);
+        load_panels<kPanels, kN>(shared.v[v_at.stage], &launch.v, full, j * kN, h_kv, b);
         v_at.advance();
       }
       index = gridDim.x + atomicAdd(launch.next_tile, 1);
@@ -173,30 +155,6 @@ struct BackwardDq {
       ptx::wgmma_commit_group();
     }
 
-    FAE_DEVICE void store(const Gradient& dq, const Work& work, int row) const {
-      const int t = lane % 4;
-#pragma unroll
-      for (int i = 0; i < kD / 8; i += 4) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint32_t x[4];
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const int from = i + k < kD / 8 ? i + k : i;
-            x[k] = tile::Mma<T>::pack(dq[from][2 * half] * launch.scale, dq[from][2 * half + 1] * launch.scale);
-          }
-          tile::transpose_quad(x, t);
-          const int r = row + lane / 4 + 8 * half, column = 8 * (i + t);
-          if (r < p.fwd.sizes.seqlen_q && column < p.fwd.sizes.head_dim)
-            *reinterpret_cast<uint4*>(p.dq.row<T>(work.b, work.h, r) + column) = make_uint4(x[0], x[1], x[2], x[3]);
-        }
-      }
-    }
-    FAE_DEVICE void store_zeros(const Work& work, int row) const {
-      for (int r = row; r < min(row + kRowsPerWarp, p.fwd.sizes.seqlen_q); ++r)
-        for (int c = lane; c < p.fwd.sizes.head_dim; c += 32)
-          p.dq.row<T>(work.b, work.h, r)[c] = tile::from_float<T>(0.0f);
-    }
     FAE_DEVICE void release_q() {
       __syncwarp();
       if (lane == 0) shared.q_ring.release(q_at.stage);
@@ -210,12 +168,12 @@ struct BackwardDq {
         if (work.row < 0) break;
         const IntervalMask mask = p.fwd.mask(work.b);
         const int row = work.row + warpgroup * kRowsPerWarpgroup, warp_row = row + warp * kRowsPerWarp;
-        const Range all = key_tiles(mask, work.row, work.row + kM),
-                    tiles = key_tiles(mask, row, row + kRowsPerWarpgroup);
+        const Range all = key_tiles<kN>(mask, work.row, work.row + kM),
+                    tiles = key_tiles<kN>(mask, row, row + kRowsPerWarpgroup);
         if (tiles.empty()) {
           skip(all.size());
           release_q();
-          store_zeros(work, warp_row);
+          store_zero_rows<T>(p.dq, work.b, work.h, warp_row, mask.seqlen_q, p.fwd.sizes.head_dim, lane);
           continue;
         }
         const int last = min(row + kRowsPerWarpgroup, mask.seqlen_q) - 1;
@@ -265,7 +223,7 @@ struct BackwardDq {
           release_k();
         }
         skip(tiles.begin - all.begin);
-        store(dq, work, warp_row);
+        store_rows<T>(dq, launch.scale, p.dq, work.b, work.h, warp_row, mask.seqlen_q, p.fwd.sizes.head_dim, lane);
       }
     }
   };

@@ -25,15 +25,14 @@
 #include "../ptx/control.cuh"
 #include "../ptx/global_memory.cuh"
 #include "../ptx/shared_memory.cuh"
-#include "../ptx/tma.cuh"
 #include "../ptx/wgmma.cuh"
 #include "../ptx/wgmma_sync.cuh"
 #include "../tile/mask.cuh"
 #include "../tile/mma.cuh"
-#include "../tile/quad.cuh"
 #include "../tile/wgmma_tile.cuh"
 #include "config.h"
 #include "pipeline.cuh"
+#include "steps.cuh"
 #include "tensor_map.h"
 #include "tile_order.h"
 
@@ -56,7 +55,6 @@ struct Backward {
   static constexpr int kStages = kTile.stages, kKvBuffers = kTile.kv_buffers;
   static constexpr int kConsumerWarps = 8;
   static constexpr bool kSplitRows = kM == 128;  // of dQ, between the warpgroups; else its columns
-  static constexpr int kRowsPerWarp = 16;
 
   using Scores = float[kM / 8][4];
   using Packed = uint32_t[kM / 16][4];  // A fragments
@@ -81,24 +79,7 @@ struct Backward {
   };
   static_assert(sizeof(Shared) + tile::kPanelAlignment <= kTile.shared_bytes());
 
-  // The query tiles that see one of the keys [key, end).
-  FAE_DEVICE static Range query_tiles(const IntervalMask& mask, int key, int end) {
-    if (key >= mask.seqlen_k) return {0, 0};
-    const Range rows = mask.rows_of_keys(key, min(end, mask.seqlen_k));
-    if (rows.empty()) return {0, 0};
-    return {rows.begin / kM, (rows.end + kM - 1) / kM};
-  }
-
   // ---- producer: one thread ----
-
-  FAE_DEVICE static void load_panels(uint8_t* to, int rows, const CUtensorMap* map, uint32_t full, int row, int h,
-                                     int b) {
-    const uint32_t address = ptx::shared_address(to);
-#pragma unroll
-    for (int i = 0; i < kPanels; ++i)
-      ptx::cp_async_bulk_tensor_4d_load(address + i * tile::panel_bytes(rows), map, full, i * tile::kPanelColumns, row,
-                                        h, b);
-  }
 
   FAE_DEVICE static void produce(Shared& shared, const BackwardParams& p, const BackwardLaunch& launch) {
     Ring<kKvBuffers> kv_at;
@@ -108,13 +89,13 @@ struct Backward {
     for (int index = blockIdx.x; index < launch.order.tiles;) {
       const TileOrder::Tile item = launch.order.at(index);
       const int b = item.head / z.heads_kv, h_kv = item.head - b * z.heads_kv, n = item.m, group = z.heads_per_kv();
-      const Range tiles = query_tiles(p.fwd.mask(b), n * kN, n * kN + kN);
+      const Range tiles = query_tiles<kM>(p.fwd.mask(b), n * kN, n * kN + kN);
       shared.kv_ring.wait_empty(kv_at, "kv_empty");
       shared.work[kv_at.stage] = {n, b, h_kv};
       const uint32_t kv_full = shared.kv_ring.full_address(kv_at.stage);
       ptx::mbarrier_arrive_expect_tx(kv_full, 2 * kTile.kv_bytes());
-      load_panels(shared.k[kv_at.stage], kN, &launch.k, kv_full, n * kN, h_kv, b);
-      load_panels(shared.v[kv_at.stage], kN, &launch.v, kv_full, n * kN, h_kv, b);
+      load_panels<kPanels, kN>(shared.k[kv_at.stage], &launch.k, kv_full, n * kN, h_kv, b);
+      load_panels<kPanels, kN>(shared.v[kv_at.stage], &launch.v, kv_full, n * kN, h_kv, b);
       kv_at.advance();
       for (int h = h_kv * group; h < (h_kv + 1) * group; ++h) {
         const float* stats = launch.stats + (int64_t{b} * z.heads + h) * launch.m_tiles * (2 * kM);
@@ -122,8 +103,8 @@ struct Backward {
           shared.q_ring.wait_empty(q_at, "q_empty");
           const uint32_t full = shared.q_ring.full_address(q_at.stage);
           ptx::mbarrier_arrive_expect_tx(full, 2 * kTile.q_bytes() + 2 * kM * sizeof(float));
-          load_panels(shared.q[q_at.stage], kM, &launch.q, full, m * kM, h, b);
-          load_panels(shared.dout[q_at.stage], kM, &launch.dout, full, m * kM, h, b);
+          load_panels<kPanels, kM>(shared.q[q_at.stage], &launch.q, full, m * kM, h, b);
+          load_panels<kPanels, kM>(shared.dout[q_at.stage], &launch.dout, full, m * kM, h, b);
           ptx::cp_async_bulk_load(ptx::shared_address(shared.stats[q_at.stage]), stats + int64_t{m} * (2 * kM),
                                   2 * kM * sizeof(float), full);
           q_at.advance();
@@ -317,31 +298,6 @@ struct Backward {
       }
     }
 
-    FAE_DEVICE void store(const Gradient& g, float scale, const TensorRef& out, const Work& work, int row,
-                          int columns) const {
-      const int t = lane % 4;
-#pragma unroll
-      for (int i = 0; i < kD / 8; i += 4) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          uint32_t x[4];
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const int at = i + k < kD / 8 ? i + k : i;  // a head dimension of 80: lanes beyond it store nothing
-            x[k] = tile::Mma<T>::pack(g[at][2 * half] * scale, g[at][2 * half + 1] * scale);
-          }
-          tile::transpose_quad(x, t);
-          const int r = row + lane / 4 + 8 * half, column = 8 * (i + t);
-          if (r < p.fwd.sizes.seqlen_k && column < columns)
-            *reinterpret_cast<uint4*>(out.row<T>(work.b, work.h_kv, r) + column) = make_uint4(x[0], x[1], x[2], x[3]);
-        }
-      }
-    }
-    FAE_DEVICE void store_zeros(const TensorRef& out, const Work& work, int row, int columns) const {
-      for (int r = row; r < min(row + kRowsPerWarp, p.fwd.sizes.seqlen_k); ++r)
-        for (int c = lane; c < columns; c += 32) out.row<T>(work.b, work.h_kv, r)[c] = tile::from_float<T>(0.0f);
-    }
-
     FAE_DEVICE void run() {
       Gradient dk, dv;
       const Sizes& z = p.fwd.sizes;
@@ -351,8 +307,8 @@ struct Backward {
         if (work.n < 0) break;
         const IntervalMask mask = p.fwd.mask(work.b);
         const int key = work.n * kN + warpgroup * kRowsPerWarpgroup;
-        const Range all = query_tiles(mask, work.n * kN, work.n * kN + kN);
-        const Range mine = query_tiles(mask, key, key + kRowsPerWarpgroup);
+        const Range all = query_tiles<kM>(mask, work.n * kN, work.n * kN + kN);
+        const Range mine = query_tiles<kM>(mask, key, key + kRowsPerWarpgroup);
         bool fresh = true, owes = false;
         Owed owed{};
         const int group = z.heads_per_kv();
@@ -378,11 +334,11 @@ struct Backward {
         if (lane == 0) shared.kv_ring.release(kv_at.stage);
         const int row = key + warp * kRowsPerWarp;
         if (fresh) {
-          store_zeros(p.dk, work, row, z.head_dim);
-          store_zeros(p.dv, work, row, z.head_dim_v);
+          store_zero_rows<T>(p.dk, work.b, work.h_kv, row, z.seqlen_k, z.head_dim, lane);
+          store_zero_rows<T>(p.dv, work.b, work.h_kv, row, z.seqlen_k, z.head_dim_v, lane);
         } else {
-          store(dv, 1.0f, p.dv, work, row, z.head_dim_v);
-          store(dk, launch.scale, p.dk, work, row, z.head_dim);
+          store_rows<T>(dv, 1.0f, p.dv, work.b, work.h_kv, row, z.seqlen_k, z.head_dim_v, lane);
+          store_rows<T>(dk, launch.scale, p.dk, work.b, work.h_kv, row, z.seqlen_k, z.head_dim, lane);
         }
       }
     }

@@ -34,6 +34,7 @@
 #include "config.h"
 #include "forward_launch.h"
 #include "pipeline.cuh"
+#include "steps.cuh"
 
 namespace fae::sm90 {
 
@@ -44,7 +45,6 @@ struct Forward {
   static constexpr int kStages = kTile.stages, kQBuffers = kTile.q_buffers;
   static constexpr int kConsumerWarps = 4 * kTile.warpgroups;
   static constexpr bool kThroughQ = kQBuffers == 2;  // O leaves through shared memory
-  static constexpr int kRowsPerWarp = 16;
 
   using Softmax = tile::OnlineSoftmax<T, kN / 8>;
   using Output = float[kD / 8][4];
@@ -66,11 +66,10 @@ struct Forward {
 
   // The key tiles of a split that rows [row, end) see.
   FAE_DEVICE static Range key_tiles(const IntervalMask& mask, int row, int end, int split, int split_tiles) {
-    const Range keys = mask.keys_of_rows(row, min(end, mask.seqlen_q));
+    const Range seen = sm90::key_tiles<kN>(mask, row, end);
     const int first = split * split_tiles;
-    const Range tiles = {max(keys.begin / kN, first), min((keys.end + kN - 1) / kN, first + split_tiles)};
-    if (row >= mask.seqlen_q || keys.empty() || tiles.empty()) return {0, 0};
-    return tiles;
+    const Range tiles = {max(seen.begin, first), min(seen.end, first + split_tiles)};
+    return tiles.empty() ? Range{0, 0} : tiles;
   }
 
   // ---- producer: one thread ----
@@ -79,11 +78,9 @@ struct Forward {
                               uint8_t (*buffers)[kTile.kv_bytes()], const CUtensorMap* map, const char* name, int key,
                               int h, int b) {
     ring.wait_empty(at, name);
-    const uint32_t full = ring.full_address(at.stage), to = ptx::shared_address(buffers[at.stage]);
+    const uint32_t full = ring.full_address(at.stage);
     ptx::mbarrier_arrive_expect_tx(full, kTile.kv_bytes());
-#pragma unroll
-    for (int i = 0; i < kPanels; ++i)
-      ptx::cp_async_bulk_tensor_4d_load(to + i * tile::panel_bytes(kN), map, full, i * tile::kPanelColumns, key, h, b);
+    load_panels<kPanels, kN>(buffers[at.stage], map, full, key, h, b);
     at.advance();
   }
 
@@ -113,12 +110,9 @@ struct Forward {
         load(shared.k_ring, k_at, shared.k, &launch.k, "k_empty", (tiles.end - 1) * kN, tile.h_kv, tile.work.b);
       shared.q_ring.wait_empty(q_at, "q_empty");
       shared.work[q_at.stage] = tile.work;
-      const uint32_t q_full = shared.q_ring.full_address(q_at.stage), q = ptx::shared_address(shared.q[q_at.stage]);
+      const uint32_t q_full = shared.q_ring.full_address(q_at.stage);
       ptx::mbarrier_arrive_expect_tx(q_full, kTile.q_bytes());
-#pragma unroll
-      for (int i = 0; i < kPanels; ++i)
-        ptx::cp_async_bulk_tensor_4d_load(q + i * tile::panel_bytes(kM), &launch.q, q_full, i * tile::kPanelColumns,
-                                          tile.work.row, tile.work.h, tile.work.b);
+      load_panels<kPanels, kM>(shared.q[q_at.stage], &launch.q, q_full, tile.work.row, tile.work.h, tile.work.b);
       q_at.advance();
 
       for (int j = tiles.end - 1; j >= tiles.begin; --j) {  // K runs one tile ahead of V
