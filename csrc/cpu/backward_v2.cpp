@@ -226,7 +226,7 @@ void prepare_rows(const BackwardParams& bp, const Grid& grid, const RowStats<typ
     const Acc* dlse = bp.dlse.row<const Acc>(b, h, i0);
     for (int r = 0; r < rows; ++r) delta[r] -= dlse[r];
   }
-  // An empty row's dlse and dO may be anything; its gradients are zero.
+  // An empty row's dlse may be anything, and its dO anything finite; its gradients are zero.
   for (int r = 0; r < rows; ++r)
     if (lse[r] == softmax<Acc>::neg_inf()) delta[r] = Acc(0);
   std::fill(lse2 + rows, lse2 + grid.chunk, std::numeric_limits<Acc>::infinity());

@@ -59,7 +59,8 @@ FAE_DEVICE float partial_dot(const T* x, const T* y, int columns, bool vector, i
   return sum;
 }
 
-// One CTA per tile of rows. Rows past the end get lse2 = +inf and delta = 0, hence P = 0 and dS = 0.
+// One CTA per tile of rows. Rows past the end, and rows that see no key, whatever their dlse, get lse2 = +inf and
+// delta = 0, hence P = 0 and dS = 0.
 template <typename T>
 __global__ void __launch_bounds__(kDeltaThreads)
     delta_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ DeltaLaunch launch) {
@@ -90,8 +91,9 @@ __global__ void __launch_bounds__(kDeltaThreads)
     for (int step = kDeltaLanes / 2; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
     if (lane != 0 || !in_tile) continue;
     if (exists && p.dlse.data != nullptr) sum -= *p.dlse.row<const float>(b, h, row);
-    stats[r] = softmax<float>::lse_base2(exists ? *p.fwd.lse.row<const float>(b, h, row) : softmax<float>::neg_inf());
-    stats[launch.tile_m + r] = exists ? sum : 0.0f;
+    const float lse = exists ? *p.fwd.lse.row<const float>(b, h, row) : softmax<float>::neg_inf();
+    stats[r] = softmax<float>::lse_base2(lse);
+    stats[launch.tile_m + r] = lse == softmax<float>::neg_inf() ? 0.0f : sum;
   }
 }
 
