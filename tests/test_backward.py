@@ -82,6 +82,34 @@ def test_other_losses(device, case, loss):
     harness.compare(ours, expected._replace(ref=ref, naive=naive), case)
 
 
+WITHOUT_KEYS = (
+    Case(200, 100, 64, heads=3, heads_kv=3, causal=True),
+    Case(700, 300, 128, batch=2, heads=4, heads_kv=2, causal=True),
+    Case(300, 140, 48, heads=3, heads_kv=1, window=(37, 21)),
+)
+WITHOUT_KEYS = tuple(case for dtype in cases.DTYPES for case in cases.in_dtype(WITHOUT_KEYS, dtype))
+
+
+@pytest.mark.parametrize("device, case", harness.on_devices(WITHOUT_KEYS, "bwd"), indirect=["device"])
+def test_dlse_of_rows_that_see_nothing(device, case):
+    """It may be anything, NaN too: it moves no bit of any gradient."""
+    x, window = harness.inputs_of(case, device), harness.operator_window(case)
+    options = (case.scale, *window, case.causal_align == "top-left")
+    out, lse = harness.ops.fwd(x.q, x.k, x.v, *options)
+    empty = lse.isneginf()
+    assert empty.any() and not empty.all()
+    for deterministic in (True, False):
+        grads, expected = (
+            harness.ops.bwd(
+                x.dout, x.dlse.masked_fill(empty, value), x.q, x.k, x.v, out, lse, *options, deterministic
+            )
+            for value in (float("nan"), 0.0)
+        )
+        for grad, without in zip(grads, expected, strict=True):
+            assert grad.isfinite().all()
+            assert torch.equal(grad, without) or not deterministic
+
+
 @pytest.mark.parametrize("with_dlse", [False, True], ids=["dout", "dout_dlse"])
 @pytest.mark.parametrize("device, case", harness.on_devices(FEW, "bwd"), indirect=["device"])
 def test_foreign_out_and_lse(device, case, with_dlse):

@@ -16,8 +16,15 @@ NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc")]
 
 
-# (stack frame, spill stores, spill loads) in bytes.
-SPILLS = {"sm90_backward_v2_d96_16bit": ("8", "8", "28")}  # of one of its kernels: one load a step
+# What a kernel's mangled name begins with: the bytes that it may spill.
+SPILLS = {
+    r"\w*backward_v2_kernelI\w+Li\dELNS0_5DqSumE1E": 72,  # producer and turns have 24 registers: once a key tile
+    r"\w*backward_v2_kernelI\w+Li2ELNS0_5DqSumE0E": 24,  # D 96: one load a step
+}
+
+
+def may_spill(name: str) -> int:
+    return max((most for pattern, most in SPILLS.items() if re.match(pattern, name)), default=0)
 
 
 def said_by_ptxas(source: Path, *flags: str) -> str:
@@ -38,8 +45,9 @@ def test_there_are_instances() -> None:
 def test_no_spill_and_no_serialised_wgmma(source: Path) -> None:
     """C7510 and its kin: ptxas waits for each product where it cannot follow the registers of several."""
     said = said_by_ptxas(source)
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    assert len(frames) >= 2 and set(frames) - {SPILLS.get(source.stem)} == {("0", "0", "0")}, said
+    kernels = re.findall(r"properties for (\w+)\s+\d+ bytes stack frame, (\d+) bytes spill stores", said)
+    assert len(kernels) >= 2
+    assert [(name, spilled) for name, spilled in kernels if int(spilled) > may_spill(name)] == [], said
     assert (warning := re.search(r"C75\d\d.*", said)) is None, warning[0]
 
 

@@ -1,5 +1,6 @@
-"""What the Hopper forward has to itself: its gate, the copy engine's borders, a maximum that moves late, split keys,
-dependent launches. What holds for every kernel is in test_cuda.py and test_forward.py, which run it too."""
+"""What the Hopper kernels have to themselves: their gate, the copy engine's borders, a maximum that moves late, split keys,
+dependent launches, the three ways in which dQ comes together. What holds for every kernel is in test_cuda.py,
+test_forward.py and test_backward.py, which run them too."""
 
 from __future__ import annotations
 
@@ -263,6 +264,67 @@ def test_a_graph_replayed_many_times(hopper: None) -> None:
                 t.fill_(float("nan"))
         graph.replay()
         assert all(same_bits(pair, expected) for pair in captured)
+
+
+# ---- how dQ comes together: dq_sum in csrc/cuda/sm90/launch_backward.cuh, of kernels up to a head dimension of 128 ----
+
+
+def many(head_dim: int, dtype: str) -> dict[str, Case]:
+    """More key tiles than SMs but few for each, under causal masks: not in turn. Seen keys in the mean: 350 to 1,000."""
+    long = Case(1500, 1500, head_dim, batch=2, heads=12, heads_kv=12, dtype=dtype, causal=True)
+    return {
+        "any order, apart if deterministic": long,
+        "the same, windows": replace(long, seqlen_k=1700, causal=False, window=(900, 10), heads_kv=6, batch=3),
+        "apart": replace(long, seqlen_q=1000, seqlen_k=700, heads_kv=6, batch=8),
+        "apart, windows": replace(long, window=(100, 0), causal_align="top-left"),
+    }
+
+
+@pytest.mark.gpu
+@for_both_dtypes
+@for_every_head_dim
+def test_gradients(head_dim: int, dtype: str, hopper: None, poisoned: None) -> None:
+    """shapes() are in turn; the last of them has rows enough for chains of eight."""
+    for case in (*shapes(head_dim, dtype), *many(head_dim, dtype).values()):
+        x = harness.inputs_of(case, "cuda")
+        assert explain(x.q, x.k, x.v, **x.kwargs)["bwd"]["kernel"] == f"sm90_bwd_d{ROW_OF[head_dim]}", case.id
+        for deterministic in (False, True):
+            harness.check_backward(case, "cuda", deterministic=deterministic)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", sorted(set(ROW_OF.values())))
+def test_ten_backwards_have_the_same_bits(head_dim: int, hopper: None, poisoned: None) -> None:
+    """In turn without being asked; asked for it, always."""
+    in_turn = Case(2048, 2048, head_dim, batch=4, heads=16, heads_kv=16, dtype="bfloat16", causal=True)
+    full = replace(in_turn, seqlen_q=1111, seqlen_k=3000, causal=False, batch=1, heads_kv=4)
+    window = replace(in_turn, seqlen_q=3000, seqlen_k=2000, causal=False, window=(300, 100))
+    asked = [(case, True) for case in (replace(in_turn, seqlen_q=6000, seqlen_k=6000), *many(head_dim, "float16").values())]
+    for case, deterministic in [(in_turn, False), (full, False), (window, False), *asked]:
+        x = harness.inputs_of(case, "cuda")
+        options = (case.scale, *harness.operator_window(case), case.causal_align == "top-left")
+        out, lse = ops.fwd(x.q, x.k, x.v, *options)
+        runs = [ops.bwd(x.dout, x.dlse, x.q, x.k, x.v, out, lse, *options, deterministic) for _ in range(10)]
+        assert all(same_bits(run, runs[0]) for run in runs[1:]), case.id
+
+
+@pytest.mark.gpu
+def test_backwards_of_two_streams_at_once(hopper: None) -> None:
+    """CTAs wait for CTAs of their own call alone, which may find few SMs free."""
+    calls = []
+    for head_dim in (64, 128):
+        q, k, v = qkv(replace(MANY_TILES, seqlen_q=1500, seqlen_k=1500, heads_kv=16, head_dim=head_dim), seed=head_dim)
+        out, lse = ops.fwd(q, k, v)
+        calls.append((torch.randn_like(out), None, q, k, v, out, lse))
+    expected = [ops.bwd(*call) for call in calls]
+    torch.cuda.synchronize()
+    streams, results = [torch.cuda.Stream() for _ in calls], []
+    for _ in range(20):
+        for stream, call, reference in zip(streams, calls, expected, strict=True):
+            with torch.cuda.stream(stream):
+                results.append((ops.bwd(*call), reference))
+    torch.cuda.synchronize()
+    assert all(same_bits(ours, reference) for ours, reference in results)
 
 
 @pytest.mark.gpu

@@ -25,6 +25,7 @@ struct DeltaLaunch {
   int tile_floats;          // of one tile of the accumulator
   float* stats;             // [batch][heads][m_tiles][lse2, delta][tile_m]
   float* accumulator;       // [batch][heads][m_tiles][tile_floats]: cleared
+  bool unseen_dq;           // dQ of tiles whose rows see no key is set to 0 here: nothing is ever added to it
   int* semaphores;          // [batch][heads][m_tiles]: cleared; nullptr: there are none
   int* counters = nullptr;  // two of them: cleared
 };
@@ -76,6 +77,12 @@ __global__ void __launch_bounds__(kDeltaThreads)
   float4* cleared = reinterpret_cast<float4*>(launch.accumulator + tile * launch.tile_floats);
   for (int i = threadIdx.x; i < launch.tile_floats / 4; i += kDeltaThreads) cleared[i] = make_float4(0, 0, 0, 0);
   if (launch.semaphores != nullptr && threadIdx.x == 0) launch.semaphores[tile] = 0;
+
+  const int end = min(m0 + launch.tile_m, seqlen_q);
+  if (launch.unseen_dq && m0 < end && p.fwd.mask(b).keys_of_rows(m0, end).empty()) {
+    for (int i = threadIdx.x; i < (end - m0) * p.fwd.sizes.head_dim; i += kDeltaThreads)
+      p.dq.row<T>(b, h, m0 + i / p.fwd.sizes.head_dim)[i % p.fwd.sizes.head_dim] = tile::from_float<T>(0.0f);
+  }
 
   float* stats = launch.stats + tile * 2 * launch.tile_m;
   const int lane = threadIdx.x % kDeltaLanes;

@@ -13,8 +13,9 @@
 // want as their first operand. Only dQ needs all keys of the tile, so only dS passes through shared memory. Each warpgroup
 // computes half of dQ, and of the query tile before: the other one may be most of a step behind and is not waited for.
 //
-// dQ is summed over key tiles by fp32 reductions, in any order, into an accumulator that is cleared before and converted
-// after. Without dQ, which another kernel then computes, the warpgroups share nothing but their inputs.
+// dQ is summed over key tiles in global memory by fp32 reductions: in any order, into an accumulator that is cleared before;
+// or in turn (dq_turns.cuh), which gives the same bits in every run. It is converted after. Without dQ, which another kernel
+// then computes, the warpgroups share nothing but their inputs.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -30,40 +31,27 @@
 #include "../tile/mask.cuh"
 #include "../tile/mma.cuh"
 #include "../tile/wgmma_tile.cuh"
+#include "backward_launch.h"
 #include "config.h"
+#include "dq_turns.cuh"
 #include "pipeline.cuh"
 #include "steps.cuh"
-#include "tensor_map.h"
-#include "tile_order.h"
 
 namespace fae::sm90 {
 
-struct BackwardLaunch {
-  CUtensorMap q, k, v, dout;
-  TileOrder order;  // of the key tiles
-  float scale_log2, scale;
-  int m_tiles;         // query tiles of a head
-  const float* stats;  // [batch * heads][m_tiles][lse in base 2, delta][tile_m]
-  float* dq;           // [batch * heads][m_tiles][16-row slab][8-column tile][128]
-  int* next_tile;      // counter from which CTAs draw key tiles, 0 at the start
-};
-
-template <typename T, int kRow, bool kWithDq>
+template <typename T, int kRow, DqSum kSum>
 struct Backward {
   static constexpr BackwardTile kTile = kBackwardTiles[kRow];
   static constexpr int kM = kTile.tile_m, kN = kBackwardKeys, kD = kTile.head_dim, kPanels = kTile.panels();
   static constexpr int kStages = kTile.stages, kKvBuffers = kTile.kv_buffers;
   static constexpr int kConsumerWarps = 8;
+  static constexpr bool kWithDq = kSum != DqSum::kApart, kInTurn = kSum == DqSum::kInTurn;
   static constexpr bool kSplitRows = kM == 128;  // of dQ, between the warpgroups; else its columns
 
   using Scores = float[kM / 8][4];
   using Packed = uint32_t[kM / 16][4];  // A fragments
   using Gradient = float[kD / 8][4];
-
-  struct Work {  // a key tile; -1: there are no more
-    int n;
-    int b, h_kv;
-  };
+  using Work = KeyTile;
 
   struct Shared {
     uint8_t k[kKvBuffers][kTile.kv_bytes()];
@@ -75,7 +63,9 @@ struct Backward {
     RingBarriers<kKvBuffers> kv_ring;
     RingBarriers<kStages> q_ring;  // of dO and the statistics as well
     RingBarriers<kStages> ds_ring;
-    Work work[kKvBuffers];  // beside k and v: the same barriers
+    TurnBarriers<kStages> dq_turns;
+    Work work[kKvBuffers];    // beside k and v: the same barriers
+    Place place[kKvBuffers];  // in turn: known when the first turn comes
   };
   static_assert(sizeof(Shared) + tile::kPanelAlignment <= kTile.shared_bytes());
 
@@ -86,12 +76,13 @@ struct Backward {
     Ring<kStages> q_at;
     const Sizes& z = p.fwd.sizes;
     ptx::griddepcontrol_wait();  // the warpgroups touch only what comes through here
-    for (int index = blockIdx.x; index < launch.order.tiles;) {
+    // Who waits for a turn waits for CTAs that drew before: if all tiles are drawn, those are surely running.
+    for (int index = kInTurn ? atomicAdd(launch.next_tile, 1) : blockIdx.x; index < launch.order.tiles;) {
       const TileOrder::Tile item = launch.order.at(index);
       const int b = item.head / z.heads_kv, h_kv = item.head - b * z.heads_kv, n = item.m, group = z.heads_per_kv();
       const Range tiles = query_tiles<kM>(p.fwd.mask(b), n * kN, n * kN + kN);
       shared.kv_ring.wait_empty(kv_at, "kv_empty");
-      shared.work[kv_at.stage] = {n, b, h_kv};
+      shared.work[kv_at.stage] = {n, b, h_kv, tiles};
       const uint32_t kv_full = shared.kv_ring.full_address(kv_at.stage);
       ptx::mbarrier_arrive_expect_tx(kv_full, 2 * kTile.kv_bytes());
       load_panels<kPanels, kN>(shared.k[kv_at.stage], &launch.k, kv_full, n * kN, h_kv, b);
@@ -110,7 +101,7 @@ struct Backward {
           q_at.advance();
         }
       }
-      index = gridDim.x + atomicAdd(launch.next_tile, 1);
+      index = (kInTurn ? 0 : gridDim.x) + atomicAdd(launch.next_tile, 1);
     }
     ptx::griddepcontrol_launch_dependents();
     shared.kv_ring.wait_empty(kv_at, "kv_empty");
@@ -190,7 +181,11 @@ struct Backward {
       ptx::wgmma_commit_group();
       ptx::wgmma_wait_group<0>();
       if (lane == 0) shared.ds_ring.release(then.stage);
-      add_dq(dq, owed);
+      if constexpr (kInTurn) {
+        if (!begin_turn(dq, owed, then)) finish_turn(dq, owed, then);
+      } else {
+        add_dq(dq, owed);
+      }
     }
 
     template <bool kOwes>
@@ -259,6 +254,7 @@ struct Backward {
 
       const Ring<kStages> then = before();
       Dq dq;
+      bool done = true;
       if constexpr (kOwes) {
         shared.ds_ring.wait_full(then, "ds_full");
         ptx::wgmma_fence();
@@ -278,24 +274,73 @@ struct Backward {
       if constexpr (kOwes) {  // what leaves for global memory does so beside dV and dK
         ptx::wgmma_wait_group<1>();
         if (lane == 0) shared.ds_ring.release(then.stage);
-        add_dq(dq, owed);
+        if constexpr (kInTurn)
+          done = begin_turn(dq, owed, then);
+        else
+          add_dq(dq, owed);
       }
       ptx::wgmma_wait_group<0>();
       if (lane == 0) shared.q_ring.release(at.stage);
+      if constexpr (kOwes && kInTurn) {
+        if (!done) finish_turn(dq, owed, then);
+      }
     }
 
-    FAE_DEVICE void add_dq(const Dq& dq, const Owed& owed) const {
-      constexpr int kTiles = kDqColumns / 8;
-      const Work& work = shared.work[kv_at.stage];
-      const int64_t tile = (int64_t{work.b} * p.fwd.sizes.heads + owed.h) * launch.m_tiles + owed.m;
+    // The part of the accumulator that this lane adds to: it has 16 bytes of each 8 columns.
+    FAE_DEVICE float* accumulator(const Owed& owed) const {
+      const int64_t head = int64_t{shared.work[kv_at.stage].b} * p.fwd.sizes.heads + owed.h;
       const int slab = (kSplitRows ? warpgroup * 4 : 0) + warp;
-      float* const to = launch.dq + tile * (kM * kD) + slab * (kRowsPerWarp * kD) +
-                        (kSplitRows ? 0 : warpgroup * (tile::kPanelColumns / 8) * 128) + lane * 4;
+      return launch.dq + (head * launch.m_tiles + owed.m) * (kM * kD) + slab * (kRowsPerWarp * kD) +
+             (kSplitRows ? 0 : warpgroup * (tile::kPanelColumns / 8) * 128) + lane * 4;
+    }
+    // what(values, place) for each 8 columns.
+    template <typename Values, typename F>
+    FAE_DEVICE void for_each_piece(Values& dq, float* at, F what) const {
 #pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        if (kD % tile::kPanelColumns == 0 || warpgroup * (tile::kPanelColumns / 8) + i < kD / 8)
-          ptx::red_add_v4(to + i * 128, dq[i][0], dq[i][1], dq[i][2], dq[i][3]);
+      for (int i = 0; i < kDqColumns / 8; ++i) {
+        if (kD % tile::kPanelColumns == 0 || warpgroup * (tile::kPanelColumns / 8) + i < kD / 8) what(dq[i], at + i * 128);
       }
+    }
+    FAE_DEVICE void add_dq(const Dq& dq, const Owed& owed) const {
+      for_each_piece(dq, accumulator(owed),
+                     [](const float (&x)[4], float* at) { ptx::red_add_v4(at, x[0], x[1], x[2], x[3]); });
+    }
+    FAE_DEVICE void first_dq(const Dq& dq, const Owed& owed) const {
+      for_each_piece(dq, accumulator(owed), [](const float (&x)[4], float* at) {
+        *reinterpret_cast<float4*>(at) = make_float4(x[0], x[1], x[2], x[3]);
+      });
+    }
+    // The sum is complete: it is rounded and leaves for dQ itself.
+    FAE_DEVICE void last_dq(Dq& dq, const Owed& owed, bool first) const {
+      if (!first) {
+        for_each_piece(dq, accumulator(owed), [](float (&x)[4], const float* at) {
+          const float4 sum = __ldcg(reinterpret_cast<const float4*>(at));
+          x[0] += sum.x, x[1] += sum.y, x[2] += sum.z, x[3] += sum.w;
+        });
+      }
+      const int row = owed.m * kM + (kSplitRows ? warpgroup * kRowsPerWarpgroup : 0) + warp * kRowsPerWarp;
+      store_rows<T>(dq, launch.scale, p.dq, shared.work[kv_at.stage].b, owed.h, row, p.fwd.sizes.seqlen_q,
+                    p.fwd.sizes.head_dim, lane, kSplitRows ? 0 : warpgroup * tile::kPanelColumns);
+    }
+    // What is quick is done beside the products for dV and dK, and the rest after them: it needs registers.
+    FAE_DEVICE bool begin_turn(const Dq& dq, const Owed& owed, const Ring<kStages>& then) const {
+      shared.dq_turns.wait(then);
+      const Place place = shared.place[kv_at.stage];
+      if (owed.m >= place.last_from) return false;
+      if (owed.m < place.first_until)
+        first_dq(dq, owed);
+      else
+        add_dq(dq, owed);
+      end_turn(then);
+      return true;
+    }
+    FAE_DEVICE void end_turn(const Ring<kStages>& then) const {
+      __syncwarp();
+      if (lane == 0) shared.dq_turns.done(then.stage);
+    }
+    FAE_DEVICE void finish_turn(Dq& dq, const Owed& owed, const Ring<kStages>& then) const {
+      last_dq(dq, owed, owed.m < shared.place[kv_at.stage].first_until);
+      end_turn(then);
     }
 
     FAE_DEVICE void run() {
@@ -307,7 +352,7 @@ struct Backward {
         if (work.n < 0) break;
         const IntervalMask mask = p.fwd.mask(work.b);
         const int key = work.n * kN + warpgroup * kRowsPerWarpgroup;
-        const Range all = query_tiles<kM>(mask, work.n * kN, work.n * kN + kN);
+        const Range all = work.tiles;
         const Range mine = query_tiles<kM>(mask, key, key + kRowsPerWarpgroup);
         bool fresh = true, owes = false;
         Owed owed{};
@@ -345,18 +390,19 @@ struct Backward {
   };
 
   FAE_DEVICE static void init(Shared& shared) {
-    shared.kv_ring.init(kConsumerWarps);
+    shared.kv_ring.init(kConsumerWarps + (kInTurn ? 2 : 0));
+    if constexpr (kInTurn) shared.dq_turns.init(kConsumerWarps);
     shared.q_ring.init(kConsumerWarps);
     shared.ds_ring.init(kConsumerWarps, kConsumerWarps);
     ptx::fence_mbarrier_init();
   }
 };
 
-template <typename T, int kRow, bool kWithDq>
+template <typename T, int kRow, DqSum kSum>
 __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
     backward_v2_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using Kernel = Backward<T, kRow, kWithDq>;
+  using Kernel = Backward<T, kRow, kSum>;
   extern __shared__ uint8_t bytes[];
   const uint32_t misaligned = ptx::shared_address(bytes) % tile::kPanelAlignment;
   auto& shared =
@@ -375,6 +421,10 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
   if (warpgroup == 2) {
     ptx::setmaxnreg_dec<BackwardTile::kProducerRegisters>();
     if (warp % 4 == 0 && ptx::elect_one()) Kernel::produce(shared, p, launch);
+    if constexpr (Kernel::kInTurn) {
+      if (warp % 4 == 1 && ptx::elect_one()) await_turns<Kernel>(shared, p, launch);
+      if (warp % 4 == 2 && ptx::elect_one()) pass_turns_on<Kernel>(shared, p, launch);
+    }
   } else {
     ptx::setmaxnreg_inc<BackwardTile::kConsumerRegisters>();
     // The second panel may be narrow. Where it is nearly full, its last columns are computed for nothing, but by the same code.

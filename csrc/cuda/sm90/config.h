@@ -74,6 +74,13 @@ constexpr int forward_row(std::string_view name) {
 
 // ---- backward ----
 
+// How dQ, to which all key tiles add, comes together.
+enum class DqSum {
+  kAnyOrder,  // reductions to a cleared fp32 accumulator
+  kInTurn,    // the same, in the order of the key tiles: the same bits in every run
+  kApart      // in a kernel of its own, over all keys, which computes the scores again: the same bits in every run
+};
+
 constexpr int kBackwardKeys = 128;  // of a key tile: two warpgroups of 64
 
 struct BackwardTile {

@@ -119,9 +119,9 @@ struct Forward {
         if (j > tiles.begin)
           load(shared.k_ring, k_at, shared.k, &launch.k, "k_empty", (j - 1) * kN, tile.h_kv, tile.work.b);
         load(shared.v_ring, v_at, shared.v, &launch.v, "v_empty", j * kN, tile.h_kv, tile.work.b);
+        if (launch.draws_early && j == tiles.end - 1) index = gridDim.x + atomicAdd(launch.next_tile, 1);
       }
-      // Drawn when all copies are under way and not before: a CTA that is ahead should get it.
-      index = gridDim.x + atomicAdd(launch.next_tile, 1);
+      if (!launch.draws_early || tiles.empty()) index = gridDim.x + atomicAdd(launch.next_tile, 1);
     }
     ptx::griddepcontrol_launch_dependents();
     shared.q_ring.wait_empty(q_at, "q_empty");

@@ -13,10 +13,6 @@
 
 namespace fae::sm90 {
 
-#if defined(FAE_DEV)
-inline int dev_split = -1;
-#endif
-
 // Keys that a query row sees, in the mean of four rows.
 inline int mean_keys(const AttentionParams& p) {
   const IntervalMask mask = p.mask(0);
@@ -28,39 +24,51 @@ inline int mean_keys(const AttentionParams& p) {
   return static_cast<int>(sum / 4);
 }
 
-// Whether dQ has a kernel of its own. That is the same in every run; and where rows see few keys, its two products more cost
-// less than an fp32 dQ that is cleared, added to and converted: at 512 keys 1 to 30 % less, at 1,024 as much or more.
-constexpr int kFewKeys = 640;
-inline bool splits_dq(const BackwardParams& p) {
-#if defined(FAE_DEV)
-  if (dev_split >= 0) return dev_split;
-#endif
-  return p.deterministic || mean_keys(p.fwd) <= kFewKeys;
+inline bool is_causal(const BackwardParams& p) { return p.fwd.mask_spec.window_right < kOpenDistance; }
+
+// In turn, the bits are the same in every run, and nothing is cleared before or converted after. Up to kMostKeysInTurn it is
+// the fastest as well: by up to 13 % at 1,024 tokens, 2 % at 4,096; beyond, waiting for turns costs 1 to 8 %. But under a
+// causal mask the long key tiles come last, and with few tiles for each CTA the GPU waits for them: 7 to 18 % at four each.
+// Then dQ comes apart where rows see few keys: two products more cost less than an fp32 dQ that is cleared and converted.
+constexpr int kMostKeysInTurn = 4096, kMostKeysInTurnCausal = 2048, kFewKeys = 640, kEnoughTilesPerCta = 8;
+inline DqSum dq_sum(const cuda::Call& call) {
+  const BackwardParams& p = call.p;
+  const Sizes& z = p.fwd.sizes;
+  const int64_t tiles = z.batch * z.heads_kv * cuda::ceil_div(z.seqlen_k, kBackwardKeys), ctas = call.device.sm_count;
+  const bool causal = is_causal(p), balanced = !causal || tiles <= ctas || tiles >= kEnoughTilesPerCta * ctas;
+  const int keys = mean_keys(p.fwd);
+  if (balanced && (p.deterministic || keys <= (causal ? kMostKeysInTurnCausal : kMostKeysInTurn))) return DqSum::kInTurn;
+  return p.deterministic || keys <= kFewKeys ? DqSum::kApart : DqSum::kAnyOrder;
 }
 
 // The workspace, in this order; `base` nullptr counts only.
 struct BackwardWorkspace {
   int* next_tiles;  // two counters
   float* stats;
-  float* dq;  // nullptr: a kernel of its own writes it
+  float* dq;   // nullptr: a kernel of its own writes it
+  int* turns;  // nullptr: dQ is not added to in turn
   size_t bytes;
 
-  static BackwardWorkspace lay_out(int tile_m, int head_dim, bool split, const BackwardParams& p, char* base) {
+  static BackwardWorkspace lay_out(int tile_m, int head_dim, DqSum sum, const BackwardParams& p, char* base) {
     const Sizes& z = p.fwd.sizes;
-    const size_t rows = static_cast<size_t>(z.batch) * z.heads * cuda::ceil_div(z.seqlen_q, tile_m) * tile_m;
-    const size_t stats_at = cuda::kWorkspaceAlignment, dq_at = stats_at + cuda::align_up(rows * 2 * sizeof(float));
+    const size_t tiles = static_cast<size_t>(z.batch) * z.heads * cuda::ceil_div(z.seqlen_q, tile_m);
+    const size_t rows = tiles * tile_m, stats_at = cuda::kWorkspaceAlignment;
+    const size_t dq_at = stats_at + cuda::align_up(rows * 2 * sizeof(float));
+    const size_t turns_at = dq_at + cuda::align_up(rows * head_dim * sizeof(float));
+    const bool has_dq = sum != DqSum::kApart, has_turns = sum == DqSum::kInTurn;
     return {reinterpret_cast<int*>(base), reinterpret_cast<float*>(base + stats_at),
-            split ? nullptr : reinterpret_cast<float*>(base + dq_at),
-            split ? dq_at : dq_at + rows * head_dim * sizeof(float)};
+            has_dq ? reinterpret_cast<float*>(base + dq_at) : nullptr,
+            has_turns ? reinterpret_cast<int*>(base + turns_at) : nullptr,
+            has_turns ? turns_at + tiles * sizeof(int) : has_dq ? turns_at : dq_at};
   }
 };
 
-inline bool is_causal(const BackwardParams& p) { return p.fwd.mask_spec.window_right < kOpenDistance; }
-
-inline TileOrder key_tile_order(const BackwardParams& p, int tile_n) {
+inline TileOrder key_tile_order(const BackwardParams& p, int tile_n, DqSum sum) {
   const Sizes& z = p.fwd.sizes;
   const int64_t bytes = int64_t{8} * z.seqlen_q * z.head_dim * z.heads_per_kv();
-  return make_tile_order(cuda::ceil_div(z.seqlen_k, tile_n), z.batch * z.heads_kv, 1, bytes, 1, false, is_causal(p));
+  const int64_t tiles = cuda::ceil_div(z.seqlen_k, tile_n), heads = z.batch * z.heads_kv;
+  if (sum == DqSum::kInTurn) return make_tile_order(tiles, heads, 1, bytes, 1, true, false, kTurnSectionBytes);
+  return make_tile_order(tiles, heads, 1, bytes, 1, false, is_causal(p));
 }
 
 inline TileOrder query_tile_order(const BackwardParams& p, int tile_m) {
@@ -100,9 +108,11 @@ cudaError_t launch_delta(const BackwardParams& p, const BackwardWorkspace& space
                  cuda::rows_are_vectors(p.fwd.o, z.head_dim_v, sizeof(T));
   delta.m_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_q, tile_m));
   delta.tile_m = tile_m;
-  delta.tile_floats = space.dq == nullptr ? 0 : tile_m * head_dim;
+  delta.tile_floats = space.dq == nullptr || space.turns != nullptr ? 0 : tile_m * head_dim;  // cleared
   delta.stats = space.stats;
   delta.accumulator = space.dq;
+  delta.semaphores = space.turns;
+  delta.unseen_dq = space.turns != nullptr;
   delta.counters = space.next_tiles;
   return launch_dependent(&cuda::delta_kernel<T>, z.batch * z.heads * delta.m_tiles, cuda::kDeltaThreads, 0, stream, p,
                           delta);
@@ -136,7 +146,16 @@ inline bool too_many_tiles(const Sizes& z, int tile_m, int tile_n) {
 template <int kRow>
 size_t backward_v2_workspace(const cuda::Call& call) {
   constexpr BackwardTile kTile = kBackwardTiles[kRow];
-  return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, splits_dq(call.p), call.p, nullptr).bytes;
+  return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, dq_sum(call), call.p, nullptr).bytes;
+}
+
+template <typename T, int kRow, DqSum kSum>
+cudaError_t launch_key_tiles(const cuda::Call& call, const BackwardLaunch& launch, cudaStream_t stream) {
+  constexpr int kBytes = kBackwardTiles[kRow].shared_bytes();
+  constexpr auto* kKernel = &backward_v2_kernel<T, kRow, kSum>;
+  const cudaError_t error = cuda::allow_shared_bytes<kKernel>(kBytes);
+  if (error != cudaSuccess) return error;
+  return launch_dependent(kKernel, ctas_for(launch.order, call), BackwardTile::kThreads, kBytes, stream, call.p, launch);
 }
 
 template <typename T, int kRow>
@@ -144,29 +163,29 @@ cudaError_t launch_backward_v2(const cuda::Call& call, void* workspace, cudaStre
   constexpr BackwardTile kTile = kBackwardTiles[kRow];
   const BackwardParams& p = call.p;
   const Sizes& z = p.fwd.sizes;
-  const bool split = splits_dq(p);
+  const DqSum sum = dq_sum(call);
   const BackwardWorkspace space =
-      BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, split, p, static_cast<char*>(workspace));
+      BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, sum, p, static_cast<char*>(workspace));
   if (too_many_tiles(z, kTile.tile_m, kBackwardKeys)) return cudaErrorInvalidConfiguration;
 
   BackwardLaunch launch{};
   cudaError_t error = fill_launch<T>(&launch, p, kTile.tile_m, kBackwardKeys);
   if (error != cudaSuccess) return error;
-  launch.order = key_tile_order(p, kBackwardKeys);
+  launch.order = key_tile_order(p, kBackwardKeys, sum);
   launch.m_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_q, kTile.tile_m));
   launch.stats = space.stats;
   launch.dq = space.dq;
+  launch.turns = space.turns;
   launch.next_tile = space.next_tiles;
-  constexpr auto *kWithDq = &backward_v2_kernel<T, kRow, true>, *kWithoutDq = &backward_v2_kernel<T, kRow, false>;
-  error = split ? cuda::allow_shared_bytes<kWithoutDq>(kTile.shared_bytes())
-                : cuda::allow_shared_bytes<kWithDq>(kTile.shared_bytes());
-  if (error != cudaSuccess) return error;
-
   if ((error = launch_delta<T>(p, space, kTile.tile_m, kTile.head_dim, stream)) != cudaSuccess) return error;
-  error = launch_dependent(split ? kWithoutDq : kWithDq, ctas_for(launch.order, call), BackwardTile::kThreads,
-                           kTile.shared_bytes(), stream, p, launch);
+  switch (sum) {
+    case DqSum::kAnyOrder: error = launch_key_tiles<T, kRow, DqSum::kAnyOrder>(call, launch, stream); break;
+    case DqSum::kInTurn: error = launch_key_tiles<T, kRow, DqSum::kInTurn>(call, launch, stream); break;
+    case DqSum::kApart: error = launch_key_tiles<T, kRow, DqSum::kApart>(call, launch, stream); break;
+  }
   if (error != cudaSuccess) return error;
-  if (split) return launch_dq<T, dq_row(kTile.head_dim)>(call, space, kTile.tile_m, stream);
+  if (sum == DqSum::kInTurn) return cudaSuccess;
+  if (sum == DqSum::kApart) return launch_dq<T, dq_row(kTile.head_dim)>(call, space, kTile.tile_m, stream);
   const int slabs = launch.m_tiles * (kTile.tile_m / 16);
   return launch_dependent(&convert_dq_kernel<T, kTile.head_dim>,
                           cuda::ceil_div(z.batch * z.heads * slabs, kConvertWarps), 32 * kConvertWarps, 0, stream, p.dq,
@@ -176,7 +195,7 @@ cudaError_t launch_backward_v2(const cuda::Call& call, void* workspace, cudaStre
 template <int kRow>
 size_t backward_split_workspace(const cuda::Call& call) {
   constexpr DkvTile kTile = kDkvTiles[kRow];
-  return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, true, call.p, nullptr).bytes;
+  return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, DqSum::kApart, call.p, nullptr).bytes;
 }
 
 template <typename T, int kRow>
@@ -185,12 +204,12 @@ cudaError_t launch_backward_split(const cuda::Call& call, void* workspace, cudaS
   const BackwardParams& p = call.p;
   const Sizes& z = p.fwd.sizes;
   const BackwardWorkspace space =
-      BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, true, p, static_cast<char*>(workspace));
+      BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, DqSum::kApart, p, static_cast<char*>(workspace));
   if (too_many_tiles(z, kTile.tile_m, kRowsPerWarpgroup)) return cudaErrorInvalidConfiguration;
   DkvLaunch launch{};
   cudaError_t error = fill_launch<T>(&launch, p, kTile.tile_m, kRowsPerWarpgroup);
   if (error != cudaSuccess) return error;
-  launch.order = key_tile_order(p, kRowsPerWarpgroup);
+  launch.order = key_tile_order(p, kRowsPerWarpgroup, DqSum::kApart);
   launch.m_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_q, kTile.tile_m));
   launch.stats = space.stats;
   launch.next_tile = space.next_tiles;

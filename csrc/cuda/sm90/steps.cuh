@@ -49,7 +49,7 @@ FAE_DEVICE void load_panels(uint8_t* to, const void* map, uint32_t full, int row
 // scale * accumulators to the 16 rows from `row` on of a tensor: what lies before rows_end and columns, 16 bytes a lane.
 template <typename T, int kTiles>
 FAE_DEVICE void store_rows(const float (&c)[kTiles][4], float scale, const TensorRef& out, int64_t b, int h, int row,
-                           int rows_end, int columns, int lane) {
+                           int rows_end, int columns, int lane, int first_column = 0) {
   const int t = lane % 4;
 #pragma unroll
   for (int i = 0; i < kTiles; i += 4) {
@@ -63,7 +63,7 @@ FAE_DEVICE void store_rows(const float (&c)[kTiles][4], float scale, const Tenso
         x[k] = tile::Mma<T>::pack(c[from][2 * half] * scale, c[from][2 * half + 1] * scale);
       }
       tile::transpose_quad(x, t);
-      const int r = row + lane / 4 + 8 * half, column = 8 * (i + t);
+      const int r = row + lane / 4 + 8 * half, column = first_column + 8 * (i + t);
       if (r < rows_end && column < columns)
         *reinterpret_cast<uint4*>(out.row<T>(b, h, r) + column) = make_uint4(x[0], x[1], x[2], x[3]);
     }

@@ -35,20 +35,24 @@ struct TileOrder {
 // and 24 MB were measured: without a mask they are equal, with one 8 is the fastest nearly everywhere, 24 up to 8 % slower.
 // In the backward 4, 16 and 48 MB: 4 gains 2 % at 1,024 tokens, 16 as much at 4,096, 48 loses up to a third.
 constexpr int64_t kSectionBytes = 8 << 20;
+// In the backward, CTAs that add to dQ in turn wait the less the more heads share the GPU: 8, 16, 24, 32 and 64 MB were
+// measured; 8 loses 4 to 10 % without a mask, 32 as much at 1,024 tokens, 64 up to a third.
+constexpr int64_t kTurnSectionBytes = 24 << 20;
 // The last section is larger where tiles are unequal: its long tiles come first, and the GPU should end with short ones. It
 // grows until it has so many tiles or so many bytes: +4 to +16 % in the causal forward at 2k to 8k.
 constexpr int64_t kLastSectionTiles = 800, kLastSectionBytes = 32 << 20;
 
 // `group_bytes` of such data for each group of heads that shares them.
 inline TileOrder make_tile_order(int64_t tiles_per_head, int64_t heads, int64_t heads_per_group, int64_t group_bytes,
-                                 int splits, bool last_first, bool unequal) {
+                                 int splits, bool last_first, bool unequal,
+                                 int64_t section_bytes = kSectionBytes) {
   TileOrder order{};
   order.m_tiles = static_cast<int>(tiles_per_head);
   order.heads = static_cast<int>(heads);
   order.splits = splits;
   order.tiles = static_cast<int>(tiles_per_head * heads * splits);
   order.last_first = last_first;
-  const int64_t groups = kSectionBytes / group_bytes;
+  const int64_t groups = section_bytes / group_bytes;
   const int64_t section = (groups > 1 ? groups : 1) * heads_per_group;
   order.section = static_cast<int>(section < heads ? section : heads);
   int64_t last = heads % order.section == 0 ? order.section : heads % order.section;

@@ -1,0 +1,116 @@
+// Whose turn it is to add to dQ, so that the sum has the same bits in every run.
+//
+// The key tiles that a query tile sees add to its dQ one after the other, from the last to the first. The first to come
+// stores, so that nothing has to be cleared, and the last converts. A word in global memory per query tile names the one that
+// came last: its index + 1, and 0 is nobody. Two threads of a CTA look after it, so that the warpgroups wait for nothing but
+// barriers of their own CTA:
+//
+//     awaits turns     reads the word until the key tile before has added                fills `turn`
+//     warpgroups       wait for `turn`, add, empty it
+//     passes them on   waits until `turn` is empty, writes the word                      frees the slot
+//
+// The reductions of the warpgroups happen before the word is written: they arrive at a barrier on which the writing thread
+// waits, and its store releases what it has observed to the whole device.
+#pragma once
+
+#include "../../core/params.h"
+#include "../ptx/control.cuh"
+#include "../ptx/global_memory.cuh"
+#include "backward_launch.h"
+#include "pipeline.cuh"
+#include "steps.cuh"
+
+namespace fae::sm90 {
+
+constexpr int kNobody = -1;
+
+struct KeyTile {  // what a CTA works on; n = -1: there are no more
+  int n;
+  int b, h_kv;
+  Range tiles;  // of queries
+};
+
+// Of a key tile among those that add to dQ in turn.
+struct Place {
+  int first_until;  // for query tiles before this one it is the first, nothing is there yet
+  int last_from;    // for query tiles from this one on it is the last, and dQ complete
+};
+
+template <int kStages>
+struct TurnBarriers {
+  RingBarriers<kStages> turn;
+  uint64_t free[kStages];
+
+  FAE_DEVICE void init(int warps) {
+    turn.init(warps);
+    for (int i = 0; i < kStages; ++i) ptx::mbarrier_init(ptx::shared_address(&free[i]), 1);
+  }
+  FAE_DEVICE uint32_t free_address(int stage) const { return ptx::shared_address(&free[stage]); }
+
+  FAE_DEVICE void await(const Ring<kStages>& at, const int* word, int before) const {
+    ptx::mbarrier_wait(free_address(at.stage), at.parity ^ 1, "dq_turn_free");
+    if (before != kNobody) ptx::wait_acquire(word, before + 1, "dq_turn_word");
+    turn.fill(at.stage);
+  }
+  FAE_DEVICE void pass_on(const Ring<kStages>& at, int* word, int n) const {
+    ptx::mbarrier_wait(turn.empty_address(at.stage), at.parity, "dq_turn_done");
+    ptx::st_release(word, n + 1);
+    ptx::mbarrier_arrive(free_address(at.stage));
+  }
+
+  FAE_DEVICE void wait(const Ring<kStages>& at) const { turn.wait_full(at, "dq_turn"); }
+  FAE_DEVICE void done(int stage) const { turn.release(stage); }
+};
+
+// For all query tiles of all key tiles: step(position, the query tile's word, n, whether it lies before end(work)).
+template <typename Kernel, typename End, typename Step>
+FAE_DEVICE void for_each_turn(typename Kernel::Shared& shared, const Sizes& z, const BackwardLaunch& launch, End end,
+                              Step step) {
+  Ring<Kernel::kKvBuffers> kv_at;
+  Ring<Kernel::kStages> at;
+  for (;; kv_at.advance()) {
+    shared.kv_ring.wait_full(kv_at, "kv_full");
+    const KeyTile work = shared.work[kv_at.stage];
+    if (work.n < 0) break;
+    const int before = end(work, kv_at.stage);
+    shared.kv_ring.release(kv_at.stage);
+    int head = work.b * static_cast<int>(z.heads) + work.h_kv * z.heads_per_kv();
+    for (int h = z.heads_per_kv(); h > 0; --h, ++head) {
+      for (int m = work.tiles.begin; m < work.tiles.end; ++m) {
+        step(at, launch.turns + int64_t{head} * launch.m_tiles + m, work.n, m < before);
+        at.advance();
+      }
+    }
+  }
+}
+
+// One thread of a CTA.
+template <typename Kernel>
+FAE_DEVICE void await_turns(typename Kernel::Shared& shared, const BackwardParams& p, const BackwardLaunch& launch) {
+  constexpr int kM = Kernel::kM, kN = Kernel::kN;
+  ptx::griddepcontrol_wait();  // the words are cleared before
+  for_each_turn<Kernel>(
+      shared, p.fwd.sizes, launch,
+      [&](const KeyTile& work, int stage) {
+        const int key = work.n * kN;
+        const IntervalMask mask = p.fwd.mask(work.b);
+        const Range later = query_tiles<kM>(mask, key + kN, key + 2 * kN);
+        const int first_until = later.empty() ? work.tiles.end : later.begin;
+        const int last_from = key == 0 ? 0 : query_tiles<kM>(mask, key - kN, key).end;
+        shared.place[stage] = {first_until, last_from};
+        return first_until;
+      },
+      [&](const Ring<Kernel::kStages>& at, const int* word, int n, bool first) {
+        shared.dq_turns.await(at, word, first ? kNobody : n + 1);
+      });
+}
+
+// Another one.
+template <typename Kernel>
+FAE_DEVICE void pass_turns_on(typename Kernel::Shared& shared, const BackwardParams& p, const BackwardLaunch& launch) {
+  for_each_turn<Kernel>(
+      shared, p.fwd.sizes, launch, [](const KeyTile&, int) { return 0; },
+      [&](const Ring<Kernel::kStages>& at, int* word, int n, bool) { shared.dq_turns.pass_on(at, word, n); });
+}
+
+}  // namespace fae::sm90
