@@ -100,9 +100,7 @@ def test_dlse_of_rows_that_see_nothing(device, case):
     assert empty.any() and not empty.all()
     for deterministic in (True, False):
         grads, expected = (
-            harness.ops.bwd(
-                x.dout, x.dlse.masked_fill(empty, value), x.q, x.k, x.v, out, lse, *options, deterministic
-            )
+            harness.ops.bwd(x.dout, x.dlse.masked_fill(empty, value), x.q, x.k, x.v, out, lse, *options, deterministic)
             for value in (float("nan"), 0.0)
         )
         for grad, without in zip(grads, expected, strict=True):

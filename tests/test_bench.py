@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -176,10 +177,35 @@ def test_h100_grid_is_16k_tokens_of_hidden_2048() -> None:
 def test_every_grid_names_known_peers_and_has_cells() -> None:
     for grid in _grids.GRIDS.values():
         for device in ("cpu", "cuda"):
-            assert grid.shapes(device)
+            assert _grids.grid_cells(grid, device, None, None)
             assert set(grid.dtypes[device]) <= set(_grids.DTYPES)
             for name in (grid.peers or {}).get(device, ()):
                 assert device in _peers.IMPLEMENTATIONS[name].devices
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_flops_of_a_window_count_the_keys_that_rows_see(causal: bool) -> None:
+    cell = _grids.Cell(2, 3, 3, 40, 60, 8, causal, "fp32", window=16)
+    rows, keys = torch.arange(40)[:, None] + 20, torch.arange(60)
+    visible = (keys >= rows - 16) & ((keys <= rows) | (not causal))
+    assert cell.flops("fwd") == 4 * 2 * 3 * 8 * visible.sum().item()
+    assert cell.label == f"B2 H3 S40:60 D8 {'causal' if causal else 'full'} window 16"
+
+
+def test_windows_are_timed_and_recorded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Peers that have none say so; naive agrees with ours."""
+    small = replace(
+        _grids.GRIDS["beyond"].problems[5], batch=1, heads=1, heads_kv=1, seqlen_q=64, seqlen_k=64, window=9
+    )
+    monkeypatch.setitem(_grids.GRIDS, "beyond", replace(_grids.GRIDS["beyond"], problems=(small,)))
+    file = tmp_path / "record.json"
+    options = "--grid beyond --dtype fp32 --peers sdpa,naive,v1 --rounds 1 --sample-ms 1 --directions fwd --json"
+    assert bench.run(parse(*options.split(), file)) == 0
+    record = _record.load(file)
+    assert {row["impl"]: row["window"] for row in record["rows"]} == {_peers.OURS: 9, "naive": 9}
+    reasons = {row["impl"]: row["reason"] for row in record["refused"]}
+    assert "PyTorch has no window" in reasons["sdpa"] and "version 1 has no window" in reasons["v1"]
+    assert "causal window 9" in _record.describe(record["rows"][0])
 
 
 def test_naive_is_refused_where_it_would_not_fit() -> None:

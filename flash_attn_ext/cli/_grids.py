@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,14 @@ DTYPES = {
     "fp64": torch.float64,
 }
 DIRECTIONS = ("fwd", "bwd")
-FLOP_RULE = "forward 4*B*H*Sq*Sk*D, half of it when causal; backward 2.5 times the forward"
+FLOP_RULE = (
+    "forward 4*B*H*Sq*Sk*D, half of it when causal, and with a window 4*B*H*D for each key that a row sees; "
+    "backward 2.5 times the forward"
+)
+
+
+def mask_name(causal: bool, window: int | None) -> str:
+    return ("causal" if causal else "full") + ("" if window is None else f" window {window}")
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,8 @@ class Cell:
         Of q, k and v.
     case : str
         A name for problems outside the regular grids; ``"grid"`` for those on them.
+    window : int, optional
+        Keys visible to the left of a row's diagonal; None: all.
     """
 
     batch: int
@@ -43,6 +52,7 @@ class Cell:
     causal: bool
     dtype: str
     case: str = "grid"
+    window: int | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -57,12 +67,24 @@ class Cell:
 
     @property
     def label(self) -> str:
-        return f"{self.shape} {'causal' if self.causal else 'full'}"
+        return f"{self.shape} {mask_name(self.causal, self.window)}"
+
+    @property
+    def window_sides(self) -> tuple[int, int | None] | None:
+        """As `flash_attention` takes it."""
+        return None if self.window is None else (self.window, 0 if self.causal else None)
 
     def flops(self, direction: str) -> float:
         """Floating-point operations by :data:`FLOP_RULE`."""
-        forward = 4.0 * self.batch * self.heads * self.seqlen_q * self.seqlen_k * self.head_dim
-        return forward * (0.5 if self.causal else 1.0) * (1.0 if direction == "fwd" else 2.5)
+        return 4.0 * self.batch * self.heads * self.head_dim * self._pairs() * (1.0 if direction == "fwd" else 2.5)
+
+    def _pairs(self) -> float:
+        """Of a row and a key that it sees, in one head."""
+        if self.window is None:
+            return self.seqlen_q * self.seqlen_k * (0.5 if self.causal else 1.0)
+        diagonals = range(self.seqlen_k - self.seqlen_q, self.seqlen_k)
+        ends = (min(self.seqlen_k, d + 1) if self.causal else self.seqlen_k for d in diagonals)
+        return sum(max(0, end - max(0, d - self.window)) for d, end in zip(diagonals, ends, strict=True))
 
     def score_bytes(self) -> int:
         """Size of one score matrix, what an implementation that materialises it needs several times over."""
@@ -91,6 +113,8 @@ class Grid:
         Device type to peer names; a device that is missing has its usual ones.
     causal : tuple of bool
         Which masks.
+    problems : tuple of Cell
+        In place of ``shapes`` and ``causal``.
     """
 
     about: str
@@ -99,6 +123,25 @@ class Grid:
     directions: tuple[str, ...] = ("fwd",)
     peers: dict[str, tuple[str, ...]] | None = None
     causal: tuple[bool, ...] = (False, True)
+    problems: tuple[Cell, ...] = ()
+
+
+def _beyond() -> tuple[Cell, ...]:
+    """Named as in tables of other projects: 16k tokens unless the name says otherwise."""
+    shapes = {
+        **{f"hd{d}": (4, 2048 // d, 2048 // d, 4096, d, None) for d in (80, 96, 112, 192)},
+        "gqa": (4, 32, 8, 4096, 128, None),
+        "window512": (1, 16, 16, 16384, 128, 512),
+        "window4096": (1, 16, 16, 16384, 128, 4096),
+        "few heads": (1, 8, 8, 4096, 128, None),
+        "one head": (1, 1, 1, 16384, 128, None),
+        "long": (1, 16, 16, 65536, 128, None),
+        "tiny": (1, 16, 16, 1024, 128, None),
+    }
+    return tuple(
+        Cell(batch, heads, heads_kv, s, s, d, causal=True, dtype="bf16", case=name, window=window)
+        for name, (batch, heads, heads_kv, s, d, window) in shapes.items()
+    )
 
 
 def _tokens_16k(lengths: Sequence[int]) -> list[tuple[int, int, int, int]]:
@@ -128,6 +171,14 @@ GRIDS: dict[str, Grid] = {
         lambda device: _tokens_16k([512, 1024, 2048, 4096, 8192, 16384]),
         {"cpu": ("bf16",), "cuda": ("bf16",)},
         directions=DIRECTIONS,
+    ),
+    "beyond": Grid(
+        "causal: other head dimensions, GQA, windows, few heads, 64k tokens",
+        lambda device: [],
+        {"cpu": ("bf16",), "cuda": ("bf16",)},
+        directions=DIRECTIONS,
+        causal=(True,),
+        problems=_beyond(),
     ),
     "origin": Grid(
         "the shapes of the original project's tables, one head",
@@ -177,5 +228,10 @@ def make_cells(
 
 def grid_cells(grid: Grid, device: str, dtypes: Sequence[str] | None, causal: Sequence[bool] | None) -> list[Cell]:
     """The cells of a named grid on ``device``, with the grid's own dtypes and masks unless others are given."""
+    if grid.problems:
+        masks = causal or grid.causal
+        return [
+            replace(p, dtype=d, causal=c) for d in dtypes or grid.dtypes[device] for p in grid.problems for c in masks
+        ]
     shapes = [(b, h, h, s, s, d) for b, h, s, d in grid.shapes(device)]
     return make_cells(shapes, dtypes or grid.dtypes[device], causal or grid.causal)

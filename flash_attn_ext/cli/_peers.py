@@ -69,18 +69,23 @@ class Implementation:
 
 def _ours(cell: Cell, deterministic: bool) -> Attend:
     # None follows PyTorch's global switch, as a user's call does.
-    return lambda q, k, v: flash_attention(q, k, v, causal=cell.causal, deterministic=deterministic or None)
+    options = {"causal": cell.causal, "window": cell.window_sides, "deterministic": deterministic or None}
+    return lambda q, k, v: flash_attention(q, k, v, **options)
 
 
 def _v1(cell: Cell, deterministic: bool) -> Attend:
+    if cell.window is not None:
+        raise Refused("version 1 has no window")
     return lambda q, k, v: flash_attention_v1(q, k, v, causal=cell.causal)
 
 
 def _naive(cell: Cell, deterministic: bool) -> Attend:
-    return lambda q, k, v: naive_attention(q, k, v, causal=cell.causal)
+    return lambda q, k, v: naive_attention(q, k, v, causal=cell.causal, window=cell.window_sides)
 
 
 def _sdpa(cell: Cell, deterministic: bool) -> Attend:
+    if cell.window is not None:
+        raise Refused("PyTorch has no window")
     if cell.causal and cell.seqlen_q != cell.seqlen_k:
         raise Refused("is_causal of PyTorch is top-left: another problem where Sq and Sk differ")
     grouped = cell.heads != cell.heads_kv
@@ -90,13 +95,19 @@ def _sdpa(cell: Cell, deterministic: bool) -> Attend:
 def _fa3(cell: Cell, deterministic: bool) -> Attend:
     from flash_attn_interface import flash_attn_func
 
-    return _first(lambda q, k, v: flash_attn_func(q, k, v, causal=cell.causal, deterministic=deterministic))
+    options = {"causal": cell.causal, "deterministic": deterministic}
+    if cell.window is not None:
+        options["window_size"] = (cell.window, 0 if cell.causal else -1)
+    return _first(lambda q, k, v: flash_attn_func(q, k, v, **options))
 
 
 def _fa4(cell: Cell, deterministic: bool) -> Attend:
     from flash_attn.cute import flash_attn_func
 
-    return _first(lambda q, k, v: flash_attn_func(q, k, v, causal=cell.causal, deterministic=deterministic))
+    options = {"causal": cell.causal, "deterministic": deterministic}
+    if cell.window is not None:
+        options["window_size"] = (cell.window, 0 if cell.causal else None)
+    return _first(lambda q, k, v: flash_attn_func(q, k, v, **options))
 
 
 def _first(function: Callable[..., Tensor | tuple]) -> Attend:
@@ -119,9 +130,16 @@ def _flex(cell: Cell, deterministic: bool) -> Attend:
     if _compiled_flex is None:
         _compiled_flex = torch.compile(flex_attention, dynamic=False)
     compiled, mask, shift = _compiled_flex, None, cell.seqlen_k - cell.seqlen_q
-    if cell.causal:
+    if cell.causal or cell.window is not None:
+        left = cell.seqlen_k if cell.window is None else cell.window
+        right = 0 if cell.causal else cell.seqlen_k
         mask = create_block_mask(
-            lambda b, h, i, j: i + shift >= j, None, None, cell.seqlen_q, cell.seqlen_k, device="cuda"
+            lambda b, h, i, j: (j <= i + shift + right) & (j >= i + shift - left),
+            None,
+            None,
+            cell.seqlen_q,
+            cell.seqlen_k,
+            device="cuda",
         )
     grouped = cell.heads != cell.heads_kv
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=grouped)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from .. import __version__, build_info
-from ._grids import DTYPES, FLOP_RULE
+from ._grids import DTYPES, FLOP_RULE, mask_name
 from ._timing import Board, make_timer
 
 PROVENANCE_FIELDS = (
@@ -112,7 +112,7 @@ def save(record: Mapping[str, Any], path: str | Path) -> None:
 
 def cell_key(row: Row) -> tuple:
     """What two rows share that measure the same problem."""
-    return (row["direction"], *(row[name] for name in CELL_FIELDS))
+    return (row["direction"], row.get("window"), *(row[name] for name in CELL_FIELDS))  # old records know no window
 
 
 def by_cell(rows: Iterable[Row]) -> dict[tuple, dict[str, Row]]:
@@ -129,7 +129,7 @@ def describe(row: Row) -> str:
     same = row["seqlen_q"] == row["seqlen_k"]
     length = f"S{row['seqlen_q']}" if same else f"S{row['seqlen_q']}:{row['seqlen_k']}"
     name = "" if row["case"] == "grid" else f"{row['case']}: "
-    mask = "causal" if row["causal"] else "full"
+    mask = mask_name(row["causal"], row.get("window"))
     suffix = " det" if row["deterministic"] else ""
     return f"{name}B{row['batch']} {heads} {length} D{row['head_dim']} {mask} {row['dtype']} {row['direction']}{suffix}"
 

@@ -298,22 +298,23 @@ struct Backward {
     FAE_DEVICE void for_each_piece(Values& dq, float* at, F what) const {
 #pragma unroll
       for (int i = 0; i < kDqColumns / 8; ++i) {
-        if (kD % tile::kPanelColumns == 0 || warpgroup * (tile::kPanelColumns / 8) + i < kD / 8) what(dq[i], at + i * 128);
+        if (kD % tile::kPanelColumns == 0 || warpgroup * (tile::kPanelColumns / 8) + i < kD / 8)
+          what(dq[i], at + i * 128);
       }
     }
     FAE_DEVICE void add_dq(const Dq& dq, const Owed& owed) const {
       for_each_piece(dq, accumulator(owed),
-                     [](const float (&x)[4], float* at) { ptx::red_add_v4(at, x[0], x[1], x[2], x[3]); });
+                     [](const float(&x)[4], float* at) { ptx::red_add_v4(at, x[0], x[1], x[2], x[3]); });
     }
     FAE_DEVICE void first_dq(const Dq& dq, const Owed& owed) const {
-      for_each_piece(dq, accumulator(owed), [](const float (&x)[4], float* at) {
+      for_each_piece(dq, accumulator(owed), [](const float(&x)[4], float* at) {
         *reinterpret_cast<float4*>(at) = make_float4(x[0], x[1], x[2], x[3]);
       });
     }
     // The sum is complete: it is rounded and leaves for dQ itself.
     FAE_DEVICE void last_dq(Dq& dq, const Owed& owed, bool first) const {
       if (!first) {
-        for_each_piece(dq, accumulator(owed), [](float (&x)[4], const float* at) {
+        for_each_piece(dq, accumulator(owed), [](float(&x)[4], const float* at) {
           const float4 sum = __ldcg(reinterpret_cast<const float4*>(at));
           x[0] += sum.x, x[1] += sum.y, x[2] += sum.z, x[3] += sum.w;
         });

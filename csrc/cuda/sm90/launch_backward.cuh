@@ -37,7 +37,8 @@ inline DqSum dq_sum(const cuda::Call& call) {
   const int64_t tiles = z.batch * z.heads_kv * cuda::ceil_div(z.seqlen_k, kBackwardKeys), ctas = call.device.sm_count;
   const bool causal = is_causal(p), balanced = !causal || tiles <= ctas || tiles >= kEnoughTilesPerCta * ctas;
   const int keys = mean_keys(p.fwd);
-  if (balanced && (p.deterministic || keys <= (causal ? kMostKeysInTurnCausal : kMostKeysInTurn))) return DqSum::kInTurn;
+  if (balanced && (p.deterministic || keys <= (causal ? kMostKeysInTurnCausal : kMostKeysInTurn)))
+    return DqSum::kInTurn;
   return p.deterministic || keys <= kFewKeys ? DqSum::kApart : DqSum::kAnyOrder;
 }
 
@@ -59,7 +60,9 @@ struct BackwardWorkspace {
     return {reinterpret_cast<int*>(base), reinterpret_cast<float*>(base + stats_at),
             has_dq ? reinterpret_cast<float*>(base + dq_at) : nullptr,
             has_turns ? reinterpret_cast<int*>(base + turns_at) : nullptr,
-            has_turns ? turns_at + tiles * sizeof(int) : has_dq ? turns_at : dq_at};
+            has_turns ? turns_at + tiles * sizeof(int)
+            : has_dq  ? turns_at
+                      : dq_at};
   }
 };
 
@@ -155,7 +158,8 @@ cudaError_t launch_key_tiles(const cuda::Call& call, const BackwardLaunch& launc
   constexpr auto* kKernel = &backward_v2_kernel<T, kRow, kSum>;
   const cudaError_t error = cuda::allow_shared_bytes<kKernel>(kBytes);
   if (error != cudaSuccess) return error;
-  return launch_dependent(kKernel, ctas_for(launch.order, call), BackwardTile::kThreads, kBytes, stream, call.p, launch);
+  return launch_dependent(kKernel, ctas_for(launch.order, call), BackwardTile::kThreads, kBytes, stream, call.p,
+                          launch);
 }
 
 template <typename T, int kRow>
@@ -179,9 +183,15 @@ cudaError_t launch_backward_v2(const cuda::Call& call, void* workspace, cudaStre
   launch.next_tile = space.next_tiles;
   if ((error = launch_delta<T>(p, space, kTile.tile_m, kTile.head_dim, stream)) != cudaSuccess) return error;
   switch (sum) {
-    case DqSum::kAnyOrder: error = launch_key_tiles<T, kRow, DqSum::kAnyOrder>(call, launch, stream); break;
-    case DqSum::kInTurn: error = launch_key_tiles<T, kRow, DqSum::kInTurn>(call, launch, stream); break;
-    case DqSum::kApart: error = launch_key_tiles<T, kRow, DqSum::kApart>(call, launch, stream); break;
+    case DqSum::kAnyOrder:
+      error = launch_key_tiles<T, kRow, DqSum::kAnyOrder>(call, launch, stream);
+      break;
+    case DqSum::kInTurn:
+      error = launch_key_tiles<T, kRow, DqSum::kInTurn>(call, launch, stream);
+      break;
+    case DqSum::kApart:
+      error = launch_key_tiles<T, kRow, DqSum::kApart>(call, launch, stream);
+      break;
   }
   if (error != cudaSuccess) return error;
   if (sum == DqSum::kInTurn) return cudaSuccess;

@@ -44,8 +44,7 @@ constexpr int64_t kLastSectionTiles = 800, kLastSectionBytes = 32 << 20;
 
 // `group_bytes` of such data for each group of heads that shares them.
 inline TileOrder make_tile_order(int64_t tiles_per_head, int64_t heads, int64_t heads_per_group, int64_t group_bytes,
-                                 int splits, bool last_first, bool unequal,
-                                 int64_t section_bytes = kSectionBytes) {
+                                 int splits, bool last_first, bool unequal, int64_t section_bytes = kSectionBytes) {
   TileOrder order{};
   order.m_tiles = static_cast<int>(tiles_per_head);
   order.heads = static_cast<int>(heads);
