@@ -444,6 +444,18 @@ def test_call_cost_times_every_layer(tmp_path: Path) -> None:
     assert all(row["us"] is not None and row["us"] > 0 for row in rows), rows
 
 
+def test_train_step_times_every_attention(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps, file = script("train_step"), tmp_path / "steps.json"
+    small = "--layers 1 --width 32 --vocabulary 11 --tokens 32 --seq-lens 16,32 --head-dims 16 --rounds 1 --json"
+    assert steps.main([*small.split(), str(file)]) == 0
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert {(row["seq_len"], row["batch"], row["impl"]) for row in rows} >= {(16, 2, _peers.OURS), (32, 1, "sdpa")}
+    assert all(row["ms"] > 0 and row["parameters"] == 2 * 11 * 32 + 12 * 32**2 + 3 * 32 for row in rows)
+    with pytest.raises(SystemExit):
+        steps.main(["--width", "32", "--head-dims", "24"])
+    assert "an even divisor of the width" in capsys.readouterr().err
+
+
 def test_the_traffic_formula_and_the_profile_are_read() -> None:
     traffic = script("v1_traffic")
     problem = traffic.Problem(2, 3, 128, 64)

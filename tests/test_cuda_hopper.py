@@ -1,5 +1,5 @@
-"""What the Hopper kernels have to themselves: their gate, the copy engine's borders, a maximum that moves late, split keys,
-dependent launches, the three ways in which dQ comes together. What holds for every kernel is in test_cuda.py,
+"""What the Hopper kernels have to themselves: their gate, the copy engine's borders, a maximum that moves late, split
+keys, dependent launches, the three ways in which dQ comes together. What holds for every kernel is in test_cuda.py,
 test_forward.py and test_backward.py, which run them too."""
 
 from __future__ import annotations
@@ -266,7 +266,7 @@ def test_a_graph_replayed_many_times(hopper: None) -> None:
         assert all(same_bits(pair, expected) for pair in captured)
 
 
-# ---- how dQ comes together: dq_sum in csrc/cuda/sm90/launch_backward.cuh, of kernels up to a head dimension of 128 ----
+# ---- how dQ comes together: dq_sum in launch_backward.cuh, of kernels up to a head dimension of 128 ----
 
 
 def many(head_dim: int, dtype: str) -> dict[str, Case]:

@@ -302,7 +302,8 @@ def test_workspace_is_linear(row: dict[str, Any], deterministic: bool) -> None:
         plan(row, "H100", seqlen_q=s, seqlen_k=s, deterministic=deterministic)["workspace_bytes"]
         for s in (4096, 8192, 16384)
     ]
-    assert sizes[2] - sizes[1] <= 2 * (sizes[1] - sizes[0]) + 1024
+    # One in a thousand: where dQ is summed in turn, which long sequences are not, a word for each query tile.
+    assert sizes[2] - sizes[1] <= 2 * (sizes[1] - sizes[0]) + sizes[0] // 1000 + 1024
     assert sizes[2] < LONG["batch"] * LONG["heads"] * 16384**2 / 8  # the scores in 16 bits would be 16 times as much
 
 

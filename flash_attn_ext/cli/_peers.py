@@ -73,6 +73,10 @@ def _ours(cell: Cell, deterministic: bool) -> Attend:
     return lambda q, k, v: flash_attention(q, k, v, **options)
 
 
+def _ours_deterministic(cell: Cell, deterministic: bool) -> Attend:
+    return _ours(cell, True)
+
+
 def _v1(cell: Cell, deterministic: bool) -> Attend:
     if cell.window is not None:
         raise Refused("version 1 has no window")
@@ -151,6 +155,9 @@ def _backend(backend: SDPBackend) -> Callable[[], AbstractContextManager]:
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     OURS: Implementation("flash_attention of this package", ("cpu", "cuda"), _ours),
+    "deterministic": Implementation(
+        "flash_attention of this package, deterministic=True", ("cpu", "cuda"), _ours_deterministic
+    ),
     "v1": Implementation("flash_attention_v1 of this package, forward only", ("cpu", "cuda"), _v1),
     "sdpa": Implementation(
         "torch SDPA, flash backend", ("cpu",), _sdpa, context=_backend(SDPBackend.FLASH_ATTENTION), default=True
