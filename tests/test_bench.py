@@ -133,7 +133,7 @@ def test_global_switches_are_put_back() -> None:
         (["--shape", "1,8,64:64:64,64"], "Hq:Hk and Sq:Sk"),
         (["--grid", "cpu", "--dtype", "fp8"], "choose from fp16, bf16, fp32, fp64"),
         (["--grid", "cpu", "--directions", "sideways"], "choose from fwd, bwd"),
-        (["--grid", "cpu", "--peers", "xformers"], "choose from none, v1, sdpa"),
+        (["--grid", "cpu", "--peers", "xformers"], "choose from none, deterministic, v1, sdpa"),
         (["--grid", "cpu", "--rounds", "0"], "is not a positive integer"),
     ],
 )
@@ -149,7 +149,7 @@ def test_options_that_do_not_parse(options: list[str], message: str, capsys: pyt
     [
         ([], "say what to time: --grid (cpu, cpu-quick"),
         (["--grid", "cpu", "--shape", "1,1,8,8"], "--grid and --shape exclude each other"),
-        (["--grid", "cpu", "--peers", "cudnn"], "--peers cudnn: does not run on cpu; there are v1, sdpa, naive"),
+        (["--grid", "cpu", "--peers", "cudnn"], "--peers cudnn: does not run on cpu; there are deterministic, v1, sdpa, naive"),
         (["--grid", "cpu", "--threshold", "-1"], "--threshold -1 is not positive"),
         (["--grid", "cpu", "--compare", "missing.json"], "missing.json cannot be read"),
     ],
