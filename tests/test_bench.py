@@ -149,7 +149,10 @@ def test_options_that_do_not_parse(options: list[str], message: str, capsys: pyt
     [
         ([], "say what to time: --grid (cpu, cpu-quick"),
         (["--grid", "cpu", "--shape", "1,1,8,8"], "--grid and --shape exclude each other"),
-        (["--grid", "cpu", "--peers", "cudnn"], "--peers cudnn: does not run on cpu; there are deterministic, v1, sdpa, naive"),
+        (
+            ["--grid", "cpu", "--peers", "cudnn"],
+            "--peers cudnn: does not run on cpu; there are deterministic, v1, sdpa, naive",
+        ),
         (["--grid", "cpu", "--threshold", "-1"], "--threshold -1 is not positive"),
         (["--grid", "cpu", "--compare", "missing.json"], "missing.json cannot be read"),
     ],
