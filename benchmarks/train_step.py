@@ -12,38 +12,24 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flash_attn_ext import flash_attention
 from flash_attn_ext.cli import _record
+from flash_attn_ext.cli._grids import Cell
+from flash_attn_ext.cli._peers import IMPLEMENTATIONS, OURS, Attend
 from flash_attn_ext.cli._report import Table, number
 from flash_attn_ext.cli._timing import CpuTimer, CudaTimer, measure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 from gpt import GPT, GPTConfig
 
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-
-OURS = "flash_attn_ext"
-# Name to device types, attention, and the backend it is pinned to.
-ATTENTIONS: dict[str, tuple[tuple[str, ...], Callable[..., Tensor], SDPBackend | None]] = {
-    OURS: (("cpu", "cuda"), flash_attention, None),
-    "deterministic": (("cuda",), partial(flash_attention, deterministic=True), None),
-    "cudnn": (("cuda",), sdpa, SDPBackend.CUDNN_ATTENTION),
-    "fa2": (("cuda",), sdpa, SDPBackend.FLASH_ATTENTION),
-    "sdpa": (("cpu",), sdpa, SDPBackend.FLASH_ATTENTION),
-}
+# Implementations of `python -m flash_attn_ext bench`.
+NAMES = {"cpu": (OURS, "sdpa"), "cuda": (OURS, "deterministic", "cudnn", "fa2")}
 
 
 def integers(text: str) -> list[int]:
@@ -84,11 +70,14 @@ def steps(args: argparse.Namespace, head_dim: int, seq_len: int) -> tuple[dict[s
     torch.manual_seed(0)
     with device:
         config = GPTConfig(args.vocabulary, seq_len, args.layers, args.width // head_dim, args.width)
-        model = GPT(config, flash_attention)
+        model = GPT(config, torch.nn.functional.scaled_dot_product_attention)  # each step has its own
         tokens = torch.randint(args.vocabulary, (batch, seq_len + 1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
-    def step(attention: Callable[..., Tensor]) -> None:
+    def step(attend: Attend) -> None:
+        def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+            return attend(q, k, v)
+
         for block in model.blocks:
             block.attention = attention
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=args.dtype == "bf16"):
@@ -97,7 +86,8 @@ def steps(args: argparse.Namespace, head_dim: int, seq_len: int) -> tuple[dict[s
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    calls = {name: partial(step, function) for name, (on, function, _) in ATTENTIONS.items() if device.type in on}
+    cell = Cell(batch, config.heads, config.heads, seq_len, seq_len, head_dim, causal=True, dtype=args.dtype)
+    calls = {name: partial(step, IMPLEMENTATIONS[name].make(cell, False)) for name in NAMES[args.device]}
     return calls, batch, sum(p.numel() for p in model.parameters())
 
 
@@ -112,10 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
     device = torch.device(args.device)
     timer = CudaTimer(device, 0.02, flush=False) if device.type == "cuda" else CpuTimer(0.02)
-    contexts = {
-        name: partial(sdpa_kernel, [b]) if b is not None else nullcontext for name, (_, _, b) in ATTENTIONS.items()
-    }
-    names = [name for name, (on, _, _) in ATTENTIONS.items() if device.type in on]
+    names = NAMES[args.device]
+    contexts = {name: IMPLEMENTATIONS[name].context for name in names}
     title = f"ms a step, {args.layers} layers, width {args.width}, {args.dtype}, {device.type}"
     table = Table(title, ["head dim", "S", "batch", *names, "best of PyTorch over ours"])
     rows: list[dict[str, Any]] = []
@@ -129,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows.append(shape | {"impl": name} | times)
                 if m.error is not None:
                     table.notes.append(f"D {head_dim}, S {seq_len}, {name}: {m.error}")
-            theirs = [m.ms for name, m in found.items() if ATTENTIONS[name][2] is not None and m.error is None]
+            theirs = [m.ms for name, m in found.items() if name not in (OURS, "deterministic") and m.error is None]
             ratio = f"{min(theirs) / found[OURS].ms:.3f}x" if theirs and found[OURS].error is None else ""
             cells = [number(m.ms) if m.error is None else "refused" for m in found.values()]
             table.add(str(head_dim), str(seq_len), str(batch), *cells, ratio)

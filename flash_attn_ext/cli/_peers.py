@@ -99,27 +99,25 @@ def _sdpa(cell: Cell, deterministic: bool) -> Attend:
 def _fa3(cell: Cell, deterministic: bool) -> Attend:
     from flash_attn_interface import flash_attn_func
 
-    options = {"causal": cell.causal, "deterministic": deterministic}
-    if cell.window is not None:
-        options["window_size"] = (cell.window, 0 if cell.causal else -1)
-    return _first(lambda q, k, v: flash_attn_func(q, k, v, **options))
+    return _flash_attn(flash_attn_func, cell, deterministic, -1)
 
 
 def _fa4(cell: Cell, deterministic: bool) -> Attend:
     from flash_attn.cute import flash_attn_func
 
-    options = {"causal": cell.causal, "deterministic": deterministic}
+    return _flash_attn(flash_attn_func, cell, deterministic, None)
+
+
+def _flash_attn(
+    function: Callable[..., Tensor | tuple], cell: Cell, deterministic: bool, open_end: int | None
+) -> Attend:
+    options: dict[str, object] = {"causal": cell.causal, "deterministic": deterministic}
     if cell.window is not None:
-        options["window_size"] = (cell.window, 0 if cell.causal else None)
-    return _first(lambda q, k, v: flash_attn_func(q, k, v, **options))
-
-
-def _first(function: Callable[..., Tensor | tuple]) -> Attend:
-    """Versions differ in whether they return lse too."""
+        options["window_size"] = (cell.window, 0 if cell.causal else open_end)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        result = function(q, k, v)
-        return result[0] if isinstance(result, tuple) else result
+        result = function(q, k, v, **options)
+        return result[0] if isinstance(result, tuple) else result  # versions differ in whether they return lse too
 
     return attend
 

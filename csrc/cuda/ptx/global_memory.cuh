@@ -2,11 +2,9 @@
 #pragma once
 
 #include <cstdint>
-#if defined(FAE_DEBUG_BARRIERS)
-#include <cstdio>
-#endif
 
 #include "../../core/platform.h"
+#include "wait.cuh"
 
 namespace fae::ptx {
 
@@ -21,21 +19,8 @@ FAE_DEVICE int ld_acquire(const int* p) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");
   return x;
 }
-// Waits until *p is x. As mbarrier_wait, built with FAE_DEBUG_BARRIERS it gives up after seconds, and says for what it waited.
 FAE_DEVICE void wait_acquire(const int* p, int x, const char* name) {
-#if defined(FAE_DEBUG_BARRIERS)
-  constexpr long long kCycles = 10'000'000'000;
-  const long long start = clock64();
-  while (ld_acquire(p) != x) {
-    if (clock64() - start < kCycles) continue;
-    printf("flash_attn_ext: block %d thread %d waits for %s to be %d\n", blockIdx.x, threadIdx.x, name, x);
-    __trap();
-  }
-#else
-  (void)name;
-  while (ld_acquire(p) != x) {
-  }
-#endif
+  wait_until([=] { return ld_acquire(p) == x; }, name, x);
 }
 FAE_DEVICE void st_release(int* p, int x) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");

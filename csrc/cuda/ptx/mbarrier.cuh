@@ -5,11 +5,9 @@
 #pragma once
 
 #include <cstdint>
-#if defined(FAE_DEBUG_BARRIERS)
-#include <cstdio>
-#endif
 
 #include "../../core/platform.h"
+#include "wait.cuh"
 
 namespace fae::ptx {
 
@@ -52,22 +50,9 @@ FAE_DEVICE bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
   return done != 0;
 }
-// Waits until the phase of that parity is complete. Built with FAE_DEBUG_BARRIERS, a wait that takes seconds names its
-// barrier and traps (a trap in a release build's loop would cost the registers of the whole kernel).
+// Waits until the phase of that parity is complete.
 FAE_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity, const char* name) {
-#if defined(FAE_DEBUG_BARRIERS)
-  constexpr long long kCycles = 10'000'000'000;  // some five seconds
-  const long long start = clock64();
-  while (!mbarrier_try_wait(barrier, parity)) {
-    if (clock64() - start < kCycles) continue;
-    printf("flash_attn_ext: block %d thread %d waits for %s, parity %u\n", blockIdx.x, threadIdx.x, name, parity);
-    __trap();
-  }
-#else
-  (void)name;
-  while (!mbarrier_try_wait(barrier, parity)) {
-  }
-#endif
+  wait_until([=] { return mbarrier_try_wait(barrier, parity); }, name, static_cast<int>(parity));
   debug_delay(barrier);
 }
 

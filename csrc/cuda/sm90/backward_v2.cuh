@@ -13,9 +13,9 @@
 // want as their first operand. Only dQ needs all keys of the tile, so only dS passes through shared memory. Each warpgroup
 // computes half of dQ, and of the query tile before: the other one may be most of a step behind and is not waited for.
 //
-// dQ is summed over key tiles in global memory by fp32 reductions: in any order, into an accumulator that is cleared before;
-// or in turn (dq_turns.cuh), which gives the same bits in every run. It is converted after. Without dQ, which another kernel
-// then computes, the warpgroups share nothing but their inputs.
+// dQ is summed over key tiles in global memory by fp32 reductions: in any order, into an accumulator that is cleared before
+// and converted after; or in turn (dq_turns.cuh), with the same bits in every run, where the first CTA stores and the last
+// converts. Without dQ, which another kernel then computes, the warpgroups share nothing but their inputs.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -121,6 +121,7 @@ struct Forward {
         load(shared.v_ring, v_at, shared.v, &launch.v, "v_empty", j * kN, tile.h_kv, tile.work.b);
         if (launch.draws_early && j == tiles.end - 1) index = gridDim.x + atomicAdd(launch.next_tile, 1);
       }
+      // Drawn when all copies are under way and not before: a CTA that is ahead should get it.
       if (!launch.draws_early || tiles.empty()) index = gridDim.x + atomicAdd(launch.next_tile, 1);
     }
     ptx::griddepcontrol_launch_dependents();

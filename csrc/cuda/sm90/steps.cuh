@@ -12,13 +12,6 @@ namespace fae::sm90 {
 
 constexpr int kRowsPerWarp = 16;  // of a warpgroup's 64
 
-// Dynamic shared memory as a kernel's layout, on the alignment that panels want.
-template <typename Shared>
-FAE_DEVICE Shared& aligned_shared(uint8_t* bytes) {
-  const uint32_t misaligned = ptx::shared_address(bytes) % tile::kPanelAlignment;
-  return *reinterpret_cast<Shared*>(bytes + (misaligned == 0 ? 0 : tile::kPanelAlignment - misaligned));
-}
-
 // The tiles of kN keys that rows [row, end) see.
 template <int kN>
 FAE_DEVICE Range key_tiles(const IntervalMask& mask, int row, int end) {
