@@ -80,9 +80,9 @@ struct Backward {
     for (int index = kInTurn ? atomicAdd(launch.next_tile, 1) : blockIdx.x; index < launch.order.tiles;) {
       const TileOrder::Tile item = launch.order.at(index);
       const int b = item.head / z.heads_kv, h_kv = item.head - b * z.heads_kv, n = item.m, group = z.heads_per_kv();
-      const Range tiles = query_tiles<kM>(p.fwd.mask(b), n * kN, n * kN + kN);
+      const Range tiles = part_of(query_tiles<kM>(p.fwd.mask(b), n * kN, n * kN + kN), item.split, launch.log2_splits);
       shared.kv_ring.wait_empty(kv_at, "kv_empty");
-      shared.work[kv_at.stage] = {n, b, h_kv, tiles};
+      shared.work[kv_at.stage] = {n, b, h_kv, item.split, tiles};
       const uint32_t kv_full = shared.kv_ring.full_address(kv_at.stage);
       ptx::mbarrier_arrive_expect_tx(kv_full, 2 * kTile.kv_bytes());
       load_panels<kPanels, kN>(shared.k[kv_at.stage], &launch.k, kv_full, n * kN, h_kv, b);
@@ -344,6 +344,18 @@ struct Backward {
       end_turn(then);
     }
 
+    // A split's part of dK or dV, in fp32 for the kernel that adds them.
+    FAE_DEVICE void store_partial(const Gradient& g, int which, bool empty, const Work& work) const {
+      const int64_t heads = p.fwd.sizes.batch * p.fwd.sizes.heads_kv;
+      const int64_t head = (int64_t{which} * launch.order.splits + work.split) * heads +
+                           int64_t{work.b} * p.fwd.sizes.heads_kv + work.h_kv;
+      const int64_t slab = (head * launch.n_tiles + work.n) * (kN / kRowsPerWarp) + warpgroup * 4 + warp;
+      float4* to = reinterpret_cast<float4*>(launch.partials + slab * (kRowsPerWarp * kD)) + lane;
+#pragma unroll
+      for (int i = 0; i < kD / 8; ++i)
+        to[i * 32] = empty ? make_float4(0, 0, 0, 0) : make_float4(g[i][0], g[i][1], g[i][2], g[i][3]);
+    }
+
     FAE_DEVICE void run() {
       Gradient dk, dv;
       const Sizes& z = p.fwd.sizes;
@@ -379,7 +391,10 @@ struct Backward {
         __syncwarp();
         if (lane == 0) shared.kv_ring.release(kv_at.stage);
         const int row = key + warp * kRowsPerWarp;
-        if (fresh) {
+        if (launch.partials != nullptr) {
+          store_partial(dk, 0, fresh, work);
+          store_partial(dv, 1, fresh, work);
+        } else if (fresh) {
           store_zero_rows<T>(p.dk, work.b, work.h_kv, row, z.seqlen_k, z.head_dim, lane);
           store_zero_rows<T>(p.dv, work.b, work.h_kv, row, z.seqlen_k, z.head_dim_v, lane);
         } else {

@@ -27,7 +27,8 @@ constexpr int kNobody = -1;
 struct KeyTile {  // what a CTA works on; n = -1: there are no more
   int n;
   int b, h_kv;
-  Range tiles;  // of queries
+  int split;
+  Range tiles;  // of queries: of this split
 };
 
 // Of a key tile among those that add to dQ in turn.

@@ -8,7 +8,7 @@
 #include "backward_dkv.cuh"
 #include "backward_dq.cuh"
 #include "backward_v2.cuh"
-#include "convert_dq.cuh"
+#include "convert_sums.cuh"
 #include "launch.h"
 
 namespace fae::sm90 {
@@ -42,36 +42,55 @@ inline DqSum dq_sum(const cuda::Call& call) {
   return p.deterministic || keys <= kFewKeys ? DqSum::kApart : DqSum::kAnyOrder;
 }
 
+// How many CTAs, as a power of two, share the query tiles of a key tile: as many as fill the GPU where key tiles alone do not,
+// twice as many where a causal mask makes tiles unequal, but with kLeastSteps query tiles for each.
+constexpr int kLeastSteps = 8, kMostLog2Splits = 3;
+inline int log2_query_splits(const cuda::Call& call, int tile_m) {
+  const Sizes& z = call.p.fwd.sizes;
+  const int64_t tiles = z.batch * z.heads_kv * cuda::ceil_div(z.seqlen_k, kBackwardKeys);
+  const int64_t rows = int64_t{mean_keys(call.p.fwd)} * z.seqlen_q / z.seqlen_k;  // that see a key, in the mean
+  const int64_t wanted = (is_causal(call.p) ? 2 : 1) * int64_t{call.device.sm_count} / tiles;
+  const int64_t most = rows * z.heads_per_kv() / (tile_m * kLeastSteps);
+  int log2 = 0;
+  while (log2 < kMostLog2Splits && int64_t{2} << log2 <= (wanted < most ? wanted : most)) ++log2;
+  return log2;
+}
+
 // The workspace, in this order; `base` nullptr counts only.
 struct BackwardWorkspace {
   int* next_tiles;  // two counters
   float* stats;
-  float* dq;   // nullptr: a kernel of its own writes it
-  int* turns;  // nullptr: dQ is not added to in turn
+  float* dq;        // nullptr: a kernel of its own writes it
+  int* turns;       // nullptr: dQ is not added to in turn
+  float* partials;  // nullptr: a key tile is one CTA's
   size_t bytes;
 
-  static BackwardWorkspace lay_out(int tile_m, int head_dim, DqSum sum, const BackwardParams& p, char* base) {
+  static BackwardWorkspace lay_out(int tile_m, int head_dim, DqSum sum, int splits, const BackwardParams& p,
+                                   char* base) {
     const Sizes& z = p.fwd.sizes;
     const size_t tiles = static_cast<size_t>(z.batch) * z.heads * cuda::ceil_div(z.seqlen_q, tile_m);
     const size_t rows = tiles * tile_m, stats_at = cuda::kWorkspaceAlignment;
     const size_t dq_at = stats_at + cuda::align_up(rows * 2 * sizeof(float));
     const size_t turns_at = dq_at + cuda::align_up(rows * head_dim * sizeof(float));
     const bool has_dq = sum != DqSum::kApart, has_turns = sum == DqSum::kInTurn;
-    return {reinterpret_cast<int*>(base), reinterpret_cast<float*>(base + stats_at),
+    const size_t partials_at = has_turns ? turns_at + cuda::align_up(tiles * sizeof(int)) : has_dq ? turns_at : dq_at;
+    const size_t keys =
+        static_cast<size_t>(z.batch) * z.heads_kv * cuda::ceil_div(z.seqlen_k, kBackwardKeys) * kBackwardKeys;
+    return {reinterpret_cast<int*>(base),
+            reinterpret_cast<float*>(base + stats_at),
             has_dq ? reinterpret_cast<float*>(base + dq_at) : nullptr,
             has_turns ? reinterpret_cast<int*>(base + turns_at) : nullptr,
-            has_turns ? turns_at + tiles * sizeof(int)
-            : has_dq  ? turns_at
-                      : dq_at};
+            splits > 1 ? reinterpret_cast<float*>(base + partials_at) : nullptr,
+            partials_at + (splits > 1 ? 2 * splits * keys * head_dim * sizeof(float) : 0)};
   }
 };
 
-inline TileOrder key_tile_order(const BackwardParams& p, int tile_n, DqSum sum) {
+inline TileOrder key_tile_order(const BackwardParams& p, int tile_n, DqSum sum, int splits) {
   const Sizes& z = p.fwd.sizes;
   const int64_t bytes = int64_t{8} * z.seqlen_q * z.head_dim * z.heads_per_kv();
   const int64_t tiles = cuda::ceil_div(z.seqlen_k, tile_n), heads = z.batch * z.heads_kv;
-  if (sum == DqSum::kInTurn) return make_tile_order(tiles, heads, 1, bytes, 1, true, false, kTurnSectionBytes);
-  return make_tile_order(tiles, heads, 1, bytes, 1, false, is_causal(p));
+  if (sum == DqSum::kInTurn) return make_tile_order(tiles, heads, 1, bytes, splits, true, false, kTurnSectionBytes);
+  return make_tile_order(tiles, heads, 1, bytes, splits, false, is_causal(p));
 }
 
 inline TileOrder query_tile_order(const BackwardParams& p, int tile_m) {
@@ -149,7 +168,9 @@ inline bool too_many_tiles(const Sizes& z, int tile_m, int tile_n) {
 template <int kRow>
 size_t backward_v2_workspace(const cuda::Call& call) {
   constexpr BackwardTile kTile = kBackwardTiles[kRow];
-  return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, dq_sum(call), call.p, nullptr).bytes;
+  return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, dq_sum(call),
+                                    1 << log2_query_splits(call, kTile.tile_m), call.p, nullptr)
+      .bytes;
 }
 
 template <typename T, int kRow, DqSum kSum>
@@ -162,24 +183,34 @@ cudaError_t launch_key_tiles(const cuda::Call& call, const BackwardLaunch& launc
                           launch);
 }
 
+template <typename T, int kD>
+cudaError_t convert(const ConvertLaunch& launch, cudaStream_t stream) {
+  const int64_t ctas = cuda::ceil_div(launch.all_heads * launch.slabs, kConvertWarps);
+  return launch_dependent(&convert_kernel<T, kD>, ctas, 32 * kConvertWarps, 0, stream, launch);
+}
+
 template <typename T, int kRow>
 cudaError_t launch_backward_v2(const cuda::Call& call, void* workspace, cudaStream_t stream) {
   constexpr BackwardTile kTile = kBackwardTiles[kRow];
   const BackwardParams& p = call.p;
   const Sizes& z = p.fwd.sizes;
   const DqSum sum = dq_sum(call);
+  const int log2_splits = log2_query_splits(call, kTile.tile_m), splits = 1 << log2_splits;
   const BackwardWorkspace space =
-      BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, sum, p, static_cast<char*>(workspace));
+      BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, sum, splits, p, static_cast<char*>(workspace));
   if (too_many_tiles(z, kTile.tile_m, kBackwardKeys)) return cudaErrorInvalidConfiguration;
 
   BackwardLaunch launch{};
   cudaError_t error = fill_launch<T>(&launch, p, kTile.tile_m, kBackwardKeys);
   if (error != cudaSuccess) return error;
-  launch.order = key_tile_order(p, kBackwardKeys, sum);
+  launch.order = key_tile_order(p, kBackwardKeys, sum, splits);
   launch.m_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_q, kTile.tile_m));
   launch.stats = space.stats;
   launch.dq = space.dq;
   launch.turns = space.turns;
+  launch.partials = space.partials;
+  launch.log2_splits = log2_splits;
+  launch.n_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_k, kBackwardKeys));
   launch.next_tile = space.next_tiles;
   if ((error = launch_delta<T>(p, space, kTile.tile_m, kTile.head_dim, stream)) != cudaSuccess) return error;
   switch (sum) {
@@ -194,18 +225,25 @@ cudaError_t launch_backward_v2(const cuda::Call& call, void* workspace, cudaStre
       break;
   }
   if (error != cudaSuccess) return error;
-  if (sum == DqSum::kInTurn) return cudaSuccess;
-  if (sum == DqSum::kApart) return launch_dq<T, dq_row(kTile.head_dim)>(call, space, kTile.tile_m, stream);
-  const int slabs = launch.m_tiles * (kTile.tile_m / 16);
-  return launch_dependent(&convert_dq_kernel<T, kTile.head_dim>,
-                          cuda::ceil_div(z.batch * z.heads * slabs, kConvertWarps), 32 * kConvertWarps, 0, stream, p.dq,
-                          z, space.dq, launch.scale, slabs);
+  if (sum == DqSum::kApart) error = launch_dq<T, dq_row(kTile.head_dim)>(call, space, kTile.tile_m, stream);
+  constexpr int kD = kTile.head_dim;
+  const int q_slabs = launch.m_tiles * (kTile.tile_m / 16), k_slabs = launch.n_tiles * (kBackwardKeys / 16);
+  const int64_t q_heads = z.batch * z.heads, k_heads = z.batch * z.heads_kv;
+  if (error == cudaSuccess && sum == DqSum::kAnyOrder)
+    error =
+        convert<T, kD>({p.dq, q_heads, z.heads, z.seqlen_q, z.head_dim, space.dq, 1, q_slabs, launch.scale}, stream);
+  if (error != cudaSuccess || splits == 1) return error;
+  const float* const dv = space.partials + splits * k_heads * k_slabs * (16 * kD);
+  error = convert<T, kD>(
+      {p.dk, k_heads, z.heads_kv, z.seqlen_k, z.head_dim, space.partials, splits, k_slabs, launch.scale}, stream);
+  if (error != cudaSuccess) return error;
+  return convert<T, kD>({p.dv, k_heads, z.heads_kv, z.seqlen_k, z.head_dim_v, dv, splits, k_slabs, 1.0f}, stream);
 }
 
 template <int kRow>
 size_t backward_split_workspace(const cuda::Call& call) {
   constexpr DkvTile kTile = kDkvTiles[kRow];
-  return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, DqSum::kApart, call.p, nullptr).bytes;
+  return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, DqSum::kApart, 1, call.p, nullptr).bytes;
 }
 
 template <typename T, int kRow>
@@ -214,12 +252,12 @@ cudaError_t launch_backward_split(const cuda::Call& call, void* workspace, cudaS
   const BackwardParams& p = call.p;
   const Sizes& z = p.fwd.sizes;
   const BackwardWorkspace space =
-      BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, DqSum::kApart, p, static_cast<char*>(workspace));
+      BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, DqSum::kApart, 1, p, static_cast<char*>(workspace));
   if (too_many_tiles(z, kTile.tile_m, kRowsPerWarpgroup)) return cudaErrorInvalidConfiguration;
   DkvLaunch launch{};
   cudaError_t error = fill_launch<T>(&launch, p, kTile.tile_m, kRowsPerWarpgroup);
   if (error != cudaSuccess) return error;
-  launch.order = key_tile_order(p, kRowsPerWarpgroup, DqSum::kApart);
+  launch.order = key_tile_order(p, kRowsPerWarpgroup, DqSum::kApart, 1);
   launch.m_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_q, kTile.tile_m));
   launch.stats = space.stats;
   launch.next_tile = space.next_tiles;

@@ -29,6 +29,12 @@ FAE_DEVICE Range query_tiles(const IntervalMask& mask, int key, int end) {
   return {rows.begin / kM, (rows.end + kM - 1) / kM};
 }
 
+// The part of a range that one of 2^log2_splits splits has.
+FAE_DEVICE Range part_of(const Range& all, int split, int log2_splits) {
+  const int size = all.size();
+  return {all.begin + (size * split >> log2_splits), all.begin + (size * (split + 1) >> log2_splits)};
+}
+
 // Starts the copies of a tile of kRows rows from `row` on, all its panels.
 template <int kPanels, int kRows>
 FAE_DEVICE void load_panels(uint8_t* to, const void* map, uint32_t full, int row, int h, int b) {
