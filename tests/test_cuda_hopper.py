@@ -293,6 +293,32 @@ def test_gradients(head_dim: int, dtype: str, hopper: None, poisoned: None) -> N
         harness.check_backward(case, "cuda", deterministic=deterministic)
 
 
+def few(head_dim: int, dtype: str) -> dict[str, Case]:
+    """Fewer key tiles than SMs and long columns: several CTAs share the query tiles of each."""
+    full = Case(4200, 600, head_dim, batch=1, heads=4, heads_kv=2, dtype=dtype)
+    return {
+        "full": full,
+        "one head, causal": replace(full, seqlen_q=4100, seqlen_k=4100, heads=1, heads_kv=1, causal=True),
+        "grouped, causal": replace(full, seqlen_q=1030, seqlen_k=700, heads=16, heads_kv=1, causal=True),
+        "window": replace(full, seqlen_q=5000, seqlen_k=4700, heads=2, heads_kv=1, window=(3000, 2000)),
+        "Dv apart": replace(full, head_dim_v=8, layout="bshd_transposed", causal=True, causal_align="top-left"),
+    }
+
+
+@pytest.mark.gpu
+@for_both_dtypes
+@pytest.mark.parametrize("head_dim", [64, 72, 96, 112, 128])
+def test_few_key_tiles_share_their_queries(head_dim: int, dtype: str, hopper: None, poisoned: None) -> None:
+    for what, case in few(head_dim, dtype).items():
+        x = harness.inputs_of(case, "cuda")
+        workspace = explain(x.q, x.k, x.v, **x.kwargs)["bwd"]["workspace_bytes"]
+        rows, keys = case.batch * case.heads * case.seqlen_q, case.batch * case.heads_kv * case.seqlen_k
+        unshared = (rows + 128 * case.heads) * (4 * ROW_OF[head_dim] + 8 + 1) + 2048
+        assert workspace > unshared + 4 * keys * ROW_OF[head_dim], what
+        for deterministic in (False, True):
+            harness.check_backward(case, "cuda", deterministic=deterministic)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", sorted(set(ROW_OF.values())))
 def test_ten_backwards_have_the_same_bits(head_dim: int, hopper: None, poisoned: None) -> None:
@@ -301,7 +327,7 @@ def test_ten_backwards_have_the_same_bits(head_dim: int, hopper: None, poisoned:
     full = replace(in_turn, seqlen_q=1111, seqlen_k=3000, causal=False, batch=1, heads_kv=4)
     window = replace(in_turn, seqlen_q=3000, seqlen_k=2000, causal=False, window=(300, 100))
     long = replace(in_turn, seqlen_q=6000, seqlen_k=6000, batch=2)
-    asked = [(case, True) for case in (long, *many(head_dim, "float16").values())]
+    asked = [(case, True) for case in (long, *many(head_dim, "float16").values(), *few(head_dim, "bfloat16").values())]
     for case, deterministic in [(in_turn, False), (full, False), (window, False), *asked]:
         x = harness.inputs_of(case, "cuda")
         options = (case.scale, *harness.operator_window(case), case.causal_align == "top-left")
