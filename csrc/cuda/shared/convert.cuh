@@ -42,7 +42,7 @@ FAE_DEVICE void read_fragment(float (&c)[4], const float* fragment, int lane) {
 // dQ = scale * accumulator, one CTA per kM rows, which may be part of a tile: slabs follow each other; through shared memory, so that rows are written 16 bytes wide.
 template <typename T, int kM, int kD>
 __global__ void __launch_bounds__(kConvertThreads)
-    convert_kernel(const __grid_constant__ TensorRef dq, const __grid_constant__ AttentionParams p,
+    convert_dq_kernel(const __grid_constant__ TensorRef dq, const __grid_constant__ AttentionParams p,
                       const float* __restrict__ accumulator, float scale, bool vector, int m_tiles) {
   using Mma = tile::Mma<T>;
   constexpr int kPitch = kD * static_cast<int>(sizeof(T)), kTileColumns = kD / 8, kTiles = kM / 16 * kTileColumns;
@@ -80,7 +80,7 @@ template <typename T, int kM, int kD>
 cudaError_t convert_dq(const BackwardParams& p, const float* accumulator, bool vector, int m_tiles,
                        cudaStream_t stream) {
   const int64_t ctas = p.fwd.sizes.batch * p.fwd.sizes.heads * m_tiles;
-  convert_kernel<T, kM, kD><<<static_cast<unsigned>(ctas), kConvertThreads, 0, stream>>>(
+  convert_dq_kernel<T, kM, kD><<<static_cast<unsigned>(ctas), kConvertThreads, 0, stream>>>(
       p.dq, p.fwd, accumulator, static_cast<float>(p.fwd.scale), vector, m_tiles);
   return cudaPeekAtLastError();
 }

@@ -43,16 +43,19 @@ inline DqSum dq_sum(const cuda::Call& call) {
 }
 
 // How many CTAs, as a power of two, share the query tiles of a key tile: as many as fill the GPU where key tiles alone do not,
-// twice as many where a causal mask makes tiles unequal, but with kLeastSteps query tiles for each.
+// twice as many where a causal mask makes tiles unequal, but with a query tile and kLeastSteps steps for each.
 constexpr int kLeastSteps = 8, kMostLog2Splits = 3;
 inline int log2_query_splits(const cuda::Call& call, int tile_m) {
   const Sizes& z = call.p.fwd.sizes;
   const int64_t tiles = z.batch * z.heads_kv * cuda::ceil_div(z.seqlen_k, kBackwardKeys);
+  if (tiles == 0) return 0;
   const int64_t rows = int64_t{mean_keys(call.p.fwd)} * z.seqlen_q / z.seqlen_k;  // that see a key, in the mean
-  const int64_t wanted = (is_causal(call.p) ? 2 : 1) * int64_t{call.device.sm_count} / tiles;
-  const int64_t most = rows * z.heads_per_kv() / (tile_m * kLeastSteps);
+  const int64_t query_tiles = rows / tile_m, steps = rows * z.heads_per_kv() / tile_m;
+  int64_t most = (is_causal(call.p) ? 2 : 1) * int64_t{call.device.sm_count} / tiles;
+  if (most > query_tiles) most = query_tiles;
+  if (most > steps / kLeastSteps) most = steps / kLeastSteps;
   int log2 = 0;
-  while (log2 < kMostLog2Splits && int64_t{2} << log2 <= (wanted < most ? wanted : most)) ++log2;
+  while (log2 < kMostLog2Splits && int64_t{2} << log2 <= most) ++log2;
   return log2;
 }
 
