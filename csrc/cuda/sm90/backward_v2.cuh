@@ -24,7 +24,6 @@
 #include "../../core/params.h"
 #include "../ptx/arithmetic.cuh"
 #include "../ptx/control.cuh"
-#include "../ptx/global_memory.cuh"
 #include "../ptx/shared_memory.cuh"
 #include "../ptx/wgmma.cuh"
 #include "../ptx/wgmma_sync.cuh"
@@ -34,6 +33,7 @@
 #include "backward_launch.h"
 #include "config.h"
 #include "dq_turns.cuh"
+#include "gradient_sums.cuh"
 #include "pipeline.cuh"
 #include "steps.cuh"
 
@@ -127,6 +127,9 @@ struct Backward {
 
     using Dq = float[kDqColumns / 8][4];
 
+    FAE_DEVICE DqSums<T, Backward, kDqColumns> sums() const {
+      return {p, launch, shared.work[kv_at.stage].b, warpgroup, warp, lane};
+    }
     FAE_DEVICE Ring<kStages> before() const {
       return {at.stage == 0 ? kStages - 1 : at.stage - 1, at.stage == 0 ? at.parity ^ 1 : at.parity};
     }
@@ -184,7 +187,7 @@ struct Backward {
       if constexpr (kInTurn) {
         if (!begin_turn(dq, owed, then)) finish_turn(dq, owed, then);
       } else {
-        add_dq(dq, owed);
+        sums().add(dq, owed.h, owed.m);
       }
     }
 
@@ -277,7 +280,7 @@ struct Backward {
         if constexpr (kInTurn)
           done = begin_turn(dq, owed, then);
         else
-          add_dq(dq, owed);
+          sums().add(dq, owed.h, owed.m);
       }
       ptx::wgmma_wait_group<0>();
       if (lane == 0) shared.q_ring.release(at.stage);
@@ -286,52 +289,15 @@ struct Backward {
       }
     }
 
-    // The part of the accumulator that this lane adds to: it has 16 bytes of each 8 columns.
-    FAE_DEVICE float* accumulator(const Owed& owed) const {
-      const int64_t head = int64_t{shared.work[kv_at.stage].b} * p.fwd.sizes.heads + owed.h;
-      const int slab = (kSplitRows ? warpgroup * 4 : 0) + warp;
-      return launch.dq + (head * launch.m_tiles + owed.m) * (kM * kD) + slab * (kRowsPerWarp * kD) +
-             (kSplitRows ? 0 : warpgroup * (tile::kPanelColumns / 8) * 128) + lane * 4;
-    }
-    // what(values, place) for each 8 columns.
-    template <typename Values, typename F>
-    FAE_DEVICE void for_each_piece(Values& dq, float* at, F what) const {
-#pragma unroll
-      for (int i = 0; i < kDqColumns / 8; ++i) {
-        if (kD % tile::kPanelColumns == 0 || warpgroup * (tile::kPanelColumns / 8) + i < kD / 8)
-          what(dq[i], at + i * 128);
-      }
-    }
-    FAE_DEVICE void add_dq(const Dq& dq, const Owed& owed) const {
-      for_each_piece(dq, accumulator(owed),
-                     [](const float(&x)[4], float* at) { ptx::red_add_v4(at, x[0], x[1], x[2], x[3]); });
-    }
-    FAE_DEVICE void first_dq(const Dq& dq, const Owed& owed) const {
-      for_each_piece(dq, accumulator(owed), [](const float(&x)[4], float* at) {
-        *reinterpret_cast<float4*>(at) = make_float4(x[0], x[1], x[2], x[3]);
-      });
-    }
-    // The sum is complete: it is rounded and leaves for dQ itself.
-    FAE_DEVICE void last_dq(Dq& dq, const Owed& owed, bool first) const {
-      if (!first) {
-        for_each_piece(dq, accumulator(owed), [](float(&x)[4], const float* at) {
-          const float4 sum = __ldcg(reinterpret_cast<const float4*>(at));
-          x[0] += sum.x, x[1] += sum.y, x[2] += sum.z, x[3] += sum.w;
-        });
-      }
-      const int row = owed.m * kM + (kSplitRows ? warpgroup * kRowsPerWarpgroup : 0) + warp * kRowsPerWarp;
-      store_rows<T>(dq, launch.scale, p.dq, shared.work[kv_at.stage].b, owed.h, row, p.fwd.sizes.seqlen_q,
-                    p.fwd.sizes.head_dim, lane, kSplitRows ? 0 : warpgroup * tile::kPanelColumns);
-    }
     // What is quick is done beside the products for dV and dK, and the rest after them: it needs registers.
     FAE_DEVICE bool begin_turn(const Dq& dq, const Owed& owed, const Ring<kStages>& then) const {
       shared.dq_turns.wait(then);
       const Place place = shared.place[kv_at.stage];
       if (owed.m >= place.last_from) return false;
       if (owed.m < place.first_until)
-        first_dq(dq, owed);
+        sums().put(dq, owed.h, owed.m);
       else
-        add_dq(dq, owed);
+        sums().add(dq, owed.h, owed.m);
       end_turn(then);
       return true;
     }
@@ -340,20 +306,8 @@ struct Backward {
       if (lane == 0) shared.dq_turns.done(then.stage);
     }
     FAE_DEVICE void finish_turn(Dq& dq, const Owed& owed, const Ring<kStages>& then) const {
-      last_dq(dq, owed, owed.m < shared.place[kv_at.stage].first_until);
+      sums().finish(dq, owed.h, owed.m, owed.m < shared.place[kv_at.stage].first_until);
       end_turn(then);
-    }
-
-    // A split's part of dK or dV, in fp32 for the kernel that adds them.
-    FAE_DEVICE void store_partial(const Gradient& g, int which, bool empty, const Work& work) const {
-      const int64_t heads = p.fwd.sizes.batch * p.fwd.sizes.heads_kv;
-      const int64_t head = (int64_t{which} * launch.order.splits + work.split) * heads +
-                           int64_t{work.b} * p.fwd.sizes.heads_kv + work.h_kv;
-      const int64_t slab = (head * launch.n_tiles + work.n) * (kN / kRowsPerWarp) + warpgroup * 4 + warp;
-      float4* to = reinterpret_cast<float4*>(launch.partials + slab * (kRowsPerWarp * kD)) + lane;
-#pragma unroll
-      for (int i = 0; i < kD / 8; ++i)
-        to[i * 32] = empty ? make_float4(0, 0, 0, 0) : make_float4(g[i][0], g[i][1], g[i][2], g[i][3]);
     }
 
     FAE_DEVICE void run() {
@@ -392,8 +346,8 @@ struct Backward {
         if (lane == 0) shared.kv_ring.release(kv_at.stage);
         const int row = key + warp * kRowsPerWarp;
         if (launch.partials != nullptr) {
-          store_partial(dk, 0, fresh, work);
-          store_partial(dv, 1, fresh, work);
+          store_part<Backward>(dk, 0, fresh, p.fwd.sizes, launch, work, warpgroup * 4 + warp, lane);
+          store_part<Backward>(dv, 1, fresh, p.fwd.sizes, launch, work, warpgroup * 4 + warp, lane);
         } else if (fresh) {
           store_zero_rows<T>(p.dk, work.b, work.h_kv, row, z.seqlen_k, z.head_dim, lane);
           store_zero_rows<T>(p.dv, work.b, work.h_kv, row, z.seqlen_k, z.head_dim_v, lane);
