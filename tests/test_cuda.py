@@ -356,20 +356,23 @@ def test_the_measure_sees_a_quadratic_matrix() -> None:
 @pytest.mark.parametrize("head_dim", [40, 64, 128, 256])
 @pytest.mark.parametrize("dtype", CUDA_DTYPES)
 def test_memory_is_what_explain_says_and_linear(dtype: str, head_dim: int, deterministic: bool) -> None:
-    peaks = []
+    """The backward's way depends on the length, but none takes more than dQ and three row vectors in fp32, in tiles,
+    and parts of dK and dV for two key tiles an SM."""
+    sms = torch.cuda.get_device_properties("cuda").multi_processor_count
+    batch, heads, columns = 2, 16, 64 if head_dim == 40 else head_dim
     for seqlen in (1024, 2048, 4096):
-        q, k, v = tensors(Case(seqlen, seqlen, head_dim, batch=2, heads=16, heads_kv=4, dtype=dtype))
+        q, k, v = tensors(Case(seqlen, seqlen, head_dim, batch=batch, heads=heads, heads_kv=4, dtype=dtype))
         plan = explain(q, k, v, deterministic=deterministic)
         peak, (out, lse) = peak_of(lambda q=q, k=k, v=v: ops.fwd(q, k, v))
         assert peak == bytes_of((out, lse)) + plan["fwd"]["workspace_bytes"]
+        assert plan["fwd"]["workspace_bytes"] <= 64 * KIB
         options = (None, -1, -1, False, deterministic)
         peak_bwd, grads = peak_of(lambda x=(out, None, q, k, v, out, lse), o=options: ops.bwd(*x, *o))
-        assert peak_bwd == bytes_of(grads) + plan["bwd"]["workspace_bytes"]
-        peaks.append((peak, peak_bwd))
-    for i in range(2):
-        steps = peaks[1][i] - peaks[0][i], peaks[2][i] - peaks[1][i]
-        assert steps[1] <= 2.01 * steps[0] + 64 * KIB
-    assert max(peaks[-1]) < 2 * 16 * 4096**2 * 2 / 2  # half of one S x S matrix in 16 bits
+        workspace = plan["bwd"]["workspace_bytes"]
+        assert peak_bwd == bytes_of(grads) + workspace
+        parts = 2 * sms * 2 * 128 * columns * 4
+        assert workspace <= batch * heads * (seqlen + 128) * (4 * columns + 3 * 4) + parts + 64 * KIB
+    assert max(peak, peak_bwd) < batch * heads * seqlen**2 * 2 / 2  # half of one S x S matrix in 16 bits
 
 
 def test_split_keys_take_what_explain_says() -> None:

@@ -55,7 +55,7 @@ def test_no_spill_and_no_serialised_wgmma(source: Path) -> None:
 def test_a_build_knows_whether_it_has_code_for_hopper(arch: str, has_code: str, tmp_path: Path) -> None:
     """Else a build for 8.0 alone would run empty kernels on a Hopper GPU."""
     source = tmp_path / "has_code.cu"
-    source.write_text(f'#include "cuda/sm90/launch.h"\nstatic_assert(fae::sm90::has_code() == {has_code});\n')
+    source.write_text(f'#include "cuda/shared/launch.h"\nstatic_assert(fae::cuda::has_hopper_code() == {has_code});\n')
     command = [str(NVCC), "-std=c++17", f"-arch={arch}", "-I", str(ROOT / "csrc"), "-c", "-o", "/dev/null", str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -270,13 +270,17 @@ def test_a_graph_replayed_many_times(hopper: None) -> None:
 
 
 def many(head_dim: int, dtype: str) -> dict[str, Case]:
-    """More key tiles than SMs but few for each, under causal masks: not in turn. Seen keys in the mean: 100 to 800."""
+    """More key tiles than SMs, but few for each. What is in turn is so only if deterministic."""
     long = Case(1500, 1500, head_dim, batch=1, heads=12, heads_kv=12, dtype=dtype, causal=True)
+    full = Case(333, 517, head_dim, batch=3, heads=12, heads_kv=12, dtype=dtype)
     return {
-        "any order, apart if deterministic": long,
-        "the same, windows": replace(long, seqlen_k=1700, causal=False, window=(900, 10)),
+        "any order, apart": long,
+        "any order, in turn, windows": replace(long, seqlen_k=1700, causal=False, window=(900, 10)),
         "apart": replace(long, seqlen_q=700, seqlen_k=500, heads=24, heads_kv=12, batch=3),
-        "apart, windows": replace(long, causal=False, window=(100, 0), causal_align="top-left"),
+        "apart, in turn": full,
+        "apart, in turn, windows": replace(full, window=(37, 21), scale=0.3),
+        "apart, in turn, causal windows": replace(long, causal=False, window=(100, 0), causal_align="top-left"),
+        "apart, in turn, groups": replace(full, seqlen_q=700, heads=24, head_dim_v=8, layout="bshd_transposed"),
     }
 
 
@@ -284,13 +288,12 @@ def many(head_dim: int, dtype: str) -> dict[str, Case]:
 @for_both_dtypes
 @for_every_head_dim
 def test_gradients(head_dim: int, dtype: str, hopper: None, poisoned: None) -> None:
-    """shapes() are in turn; the last of them has rows enough for chains of eight."""
-    cases = [(case, False) for case in (*shapes(head_dim, dtype), *many(head_dim, dtype).values())]
-    cases.append((many(head_dim, dtype)["any order, apart if deterministic"], True))
-    for case, deterministic in cases:
+    """shapes() come in any order; if deterministic, in turn with a causal mask and apart without one."""
+    for case in (*shapes(head_dim, dtype), *many(head_dim, dtype).values()):
         x = harness.inputs_of(case, "cuda")
         assert explain(x.q, x.k, x.v, **x.kwargs)["bwd"]["kernel"] == f"sm90_bwd_d{ROW_OF[head_dim]}", case.id
-        harness.check_backward(case, "cuda", deterministic=deterministic)
+        for deterministic in (False, True):
+            harness.check_backward(case, "cuda", deterministic=deterministic)
 
 
 def few(head_dim: int, dtype: str) -> dict[str, Case]:
@@ -311,7 +314,7 @@ def few(head_dim: int, dtype: str) -> dict[str, Case]:
 def test_few_key_tiles_share_their_queries(head_dim: int, dtype: str, hopper: None, poisoned: None) -> None:
     for what, case in few(head_dim, dtype).items():
         x = harness.inputs_of(case, "cuda")
-        workspace = explain(x.q, x.k, x.v, **x.kwargs)["bwd"]["workspace_bytes"]
+        workspace = explain(x.q, x.k, x.v, deterministic=False, **x.kwargs)["bwd"]["workspace_bytes"]
         rows, keys = case.batch * case.heads * case.seqlen_q, case.batch * case.heads_kv * case.seqlen_k
         unshared = (rows + 128 * case.heads) * (4 * ROW_OF[head_dim] + 8 + 1) + 2048
         assert workspace > unshared + 4 * keys * ROW_OF[head_dim], what
@@ -324,10 +327,14 @@ def test_few_key_tiles_share_their_queries(head_dim: int, dtype: str, hopper: No
 def test_ten_backwards_have_the_same_bits(head_dim: int, hopper: None, poisoned: None) -> None:
     """In turn without being asked; asked for it, always."""
     in_turn = Case(2048, 2048, head_dim, batch=5, heads=16, heads_kv=16, dtype="bfloat16", causal=True)
-    full = replace(in_turn, seqlen_q=1111, seqlen_k=3000, causal=False, batch=1, heads_kv=4)
+    full = replace(in_turn, seqlen_q=1111, seqlen_k=3000, causal=False)
     window = replace(in_turn, seqlen_q=3000, seqlen_k=2000, causal=False, window=(300, 100))
+    groups = replace(full, batch=1, heads_kv=4)
     long = replace(in_turn, seqlen_q=6000, seqlen_k=6000, batch=2)
-    asked = [(case, True) for case in (long, *many(head_dim, "float16").values(), *few(head_dim, "bfloat16").values())]
+    asked = [
+        (case, True)
+        for case in (groups, long, *many(head_dim, "float16").values(), *few(head_dim, "bfloat16").values())
+    ]
     for case, deterministic in [(in_turn, False), (full, False), (window, False), *asked]:
         x = harness.inputs_of(case, "cuda")
         options = (case.scale, *harness.operator_window(case), case.causal_align == "top-left")
@@ -338,12 +345,12 @@ def test_ten_backwards_have_the_same_bits(head_dim: int, hopper: None, poisoned:
 
 @pytest.mark.gpu
 def test_backwards_of_two_streams_at_once(hopper: None) -> None:
-    """CTAs wait for CTAs of their own call alone, which may find few SMs free."""
+    """In turn, CTAs wait for CTAs of their own call alone, which may find few SMs free."""
     calls = []
     for head_dim in (64, 128):
         q, k, v = qkv(replace(MANY_TILES, seqlen_q=1500, seqlen_k=1500, heads_kv=16, head_dim=head_dim), seed=head_dim)
         out, lse = ops.fwd(q, k, v)
-        calls.append((torch.randn_like(out), None, q, k, v, out, lse))
+        calls.append((torch.randn_like(out), None, q, k, v, out, lse, None, -1, -1, False, True))
     expected = [ops.bwd(*call) for call in calls]
     torch.cuda.synchronize()
     streams, results = [torch.cuda.Stream() for _ in calls], []

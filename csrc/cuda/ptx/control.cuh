@@ -29,5 +29,12 @@ FAE_DEVICE bool elect_one() {
 // ended; wait returns when the grids before have ended and what they wrote is visible.
 FAE_DEVICE void griddepcontrol_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 FAE_DEVICE void griddepcontrol_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Both, first thing in a kernel that has nothing to do before: launches overlap, work does not. Before 9.0 there is neither.
+FAE_DEVICE void begin_dependent_grid() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  griddepcontrol_launch_dependents();
+  griddepcontrol_wait();
+#endif
+}
 
 }  // namespace fae::ptx

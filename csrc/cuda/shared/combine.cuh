@@ -5,7 +5,9 @@
 
 #include "../../core/params.h"
 #include "../../core/softmax.h"
+#include "../ptx/control.cuh"
 #include "../tile/mma.cuh"
+#include "launch.h"
 
 namespace fae::cuda {
 
@@ -17,6 +19,7 @@ template <typename T>
 __global__ void __launch_bounds__(32 * kCombineWarps)
     combine_splits_kernel(const __grid_constant__ AttentionParams p, const float* __restrict__ partial_o,
                           const float* __restrict__ partial_lse, int splits) {
+  ptx::begin_dependent_grid();
   const int lane = threadIdx.x % 32;
   const int64_t rows = p.sizes.batch * p.sizes.heads * p.sizes.seqlen_q;
   const int64_t row = int64_t{blockIdx.x} * kCombineWarps + threadIdx.x / 32;
@@ -46,12 +49,11 @@ __global__ void __launch_bounds__(32 * kCombineWarps)
 
 template <typename T>
 cudaError_t combine_splits(const AttentionParams& p, const float* partial_o, const float* partial_lse, int splits,
-                           cudaStream_t stream) {
+                           bool dependent, cudaStream_t stream) {
   const int64_t rows = p.sizes.batch * p.sizes.heads * p.sizes.seqlen_q;
   const int64_t blocks = (rows + kCombineWarps - 1) / kCombineWarps;
-  combine_splits_kernel<T>
-      <<<static_cast<unsigned>(blocks), 32 * kCombineWarps, 0, stream>>>(p, partial_o, partial_lse, splits);
-  return cudaPeekAtLastError();
+  return launch(dependent, &combine_splits_kernel<T>, blocks, 32 * kCombineWarps, 0, stream, p, partial_o, partial_lse,
+                splits);
 }
 
 }  // namespace fae::cuda

@@ -65,10 +65,7 @@ FAE_DEVICE float partial_dot(const T* x, const T* y, int columns, bool vector, i
 template <typename T>
 __global__ void __launch_bounds__(kDeltaThreads)
     delta_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ DeltaLaunch launch) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  ptx::griddepcontrol_launch_dependents();
-  ptx::griddepcontrol_wait();
-#endif
+  ptx::begin_dependent_grid();
   if (launch.counters != nullptr && blockIdx.x == 0 && threadIdx.x < 2) launch.counters[threadIdx.x] = 0;
   const int64_t tile = blockIdx.x, bh = tile / launch.m_tiles, b = bh / p.fwd.sizes.heads;
   const int h = static_cast<int>(bh % p.fwd.sizes.heads), m0 = static_cast<int>(tile % launch.m_tiles) * launch.tile_m;

@@ -1,13 +1,16 @@
-// What launchers share on the host: permission for large shared memory, alignment, rounding.
+// What launchers share on the host: code for Hopper, dependent launches, permission for large shared memory, alignment,
+// rounding.
 #pragma once
 
 #include <cuda_fp16.h>
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <initializer_list>
 #include <type_traits>
+#include <utility>
 
 #include "../../core/params.h"
 #include "../../core/softmax.h"
@@ -57,6 +60,47 @@ struct SplitScale {
 inline SplitScale split_scale(double scale) {
   if (scale == 0.0) return {1.0f, 0.0f};
   return {static_cast<float>(std::fabs(scale) * kLog2E), scale < 0.0 ? -1.0f : 1.0f};
+}
+
+// Whether this build has code for compute capability 9.0 at all. A kernel's body is compiled for 9.0a alone: without this the
+// registry would choose empty kernels in a build for 8.0, and nobody would notice. 9.0 without the "a" does not compile.
+constexpr bool has_hopper_code() {
+#if defined(__CUDA_ARCH_LIST__)
+  for (const int arch : {__CUDA_ARCH_LIST__})
+    if (arch == 900) return true;
+#endif
+  return false;
+}
+
+// Launches a kernel whose CTAs may be on the SMs before the kernels queued before it have ended; it waits there, with
+// griddepcontrol.wait, before it touches what they write or read. So it needs code that has the instruction.
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch_dependent(void (*kernel)(Parameters...), int64_t ctas, int threads, int shared_bytes,
+                             cudaStream_t stream, Arguments&&... arguments) {
+  cudaLaunchAttribute dependent{};
+  dependent.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  dependent.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = static_cast<unsigned>(ctas);
+  config.blockDim = threads;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &dependent;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
+}
+
+// The same for code that every architecture runs. It waits where it was compiled for 9.0; elsewhere the driver compiles the
+// PTX of 8.0, which has no such instruction, and the launch is a plain one.
+inline bool waits_by_itself(int compute_capability) { return has_hopper_code() && compute_capability / 10 == 9; }
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(bool dependent, void (*kernel)(Parameters...), int64_t ctas, int threads, int shared_bytes,
+                   cudaStream_t stream, Arguments&&... arguments) {
+  if (dependent)
+    return launch_dependent(kernel, ctas, threads, shared_bytes, stream, std::forward<Arguments>(arguments)...);
+  kernel<<<static_cast<unsigned>(ctas), threads, shared_bytes, stream>>>(std::forward<Arguments>(arguments)...);
+  return cudaPeekAtLastError();
 }
 
 }  // namespace fae::cuda

@@ -21,6 +21,7 @@
 
 #include <cuda_runtime.h>
 
+#include "../ptx/control.cuh"
 #include "../registry.h"
 #include "../tile/copy.cuh"
 #include "../tile/mask.cuh"
@@ -102,6 +103,7 @@ __global__ void __launch_bounds__(kForwardTiles[kRow].threads(), kForwardTiles[k
     forward_v2_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ ForwardLaunch launch) {
   using Tr = ForwardTraits<T, kRow>;
   using Mma = typename Tr::Mma;
+  ptx::begin_dependent_grid();
   extern __shared__ __align__(1024) char shared_bytes[];
   auto& shared = *reinterpret_cast<typename Tr::SharedStorage*>(shared_bytes);
   // The warp's number from lane 0, so that the compiler sees branches on it as uniform.

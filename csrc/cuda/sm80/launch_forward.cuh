@@ -63,9 +63,11 @@ cudaError_t launch_forward_v2(const cuda::Call& call, void* workspace, cudaStrea
     return error;
   const int64_t ctas = z.batch * z.heads * launch.m_tiles * launch.splits;
   if (ctas >= int64_t{1} << 31) return cudaErrorInvalidConfiguration;
-  kKernel<<<static_cast<unsigned>(ctas), kTile.threads(), kTile.shared_bytes(), stream>>>(p, launch);
-  if (const cudaError_t error = cudaPeekAtLastError(); error != cudaSuccess || plan.splits == 1) return error;
-  return cuda::combine_splits<T>(p, launch.partial_o, launch.partial_lse, plan.splits, stream);
+  const bool dependent = cuda::waits_by_itself(call.device.compute_capability);
+  const cudaError_t error =
+      cuda::launch(dependent, kKernel, ctas, kTile.threads(), kTile.shared_bytes(), stream, p, launch);
+  if (error != cudaSuccess || plan.splits == 1) return error;
+  return cuda::combine_splits<T>(p, launch.partial_o, launch.partial_lse, plan.splits, dependent, stream);
 }
 
 // The registry's row for one tile and dtype.

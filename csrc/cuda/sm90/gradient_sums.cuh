@@ -7,6 +7,7 @@
 #include "../ptx/global_memory.cuh"
 #include "../tile/wgmma_tile.cuh"
 #include "backward_launch.h"
+#include "config.h"
 #include "dq_turns.cuh"
 #include "steps.cuh"
 

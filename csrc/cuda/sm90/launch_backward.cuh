@@ -9,7 +9,6 @@
 #include "backward_dq.cuh"
 #include "backward_v2.cuh"
 #include "convert_sums.cuh"
-#include "launch.h"
 
 namespace fae::sm90 {
 
@@ -26,37 +25,49 @@ inline int mean_keys(const AttentionParams& p) {
 
 inline bool is_causal(const BackwardParams& p) { return p.fwd.mask_spec.window_right < kOpenDistance; }
 
-// In turn, the bits are the same in every run, and nothing is cleared before or converted after. Up to kMostKeysInTurn it is
-// the fastest as well: by up to 13 % at 1,024 tokens, 2 % at 4,096; beyond, waiting for turns costs 1 to 8 %. But under a
-// causal mask the long key tiles come last, and with few tiles for each CTA the GPU waits for them: 7 to 18 % at four each.
-// Then dQ comes apart where rows see few keys: two products more cost less than an fp32 dQ that is cleared and converted.
-constexpr int kMostKeysInTurn = 4096, kMostKeysInTurnCausal = 2048, kFewKeys = 640, kEnoughTilesPerCta = 8;
-inline DqSum dq_sum(const cuda::Call& call) {
-  const BackwardParams& p = call.p;
-  const Sizes& z = p.fwd.sizes;
-  const int64_t tiles = z.batch * z.heads_kv * cuda::ceil_div(z.seqlen_k, kBackwardKeys), ctas = call.device.sm_count;
-  const bool causal = is_causal(p), balanced = !causal || tiles <= ctas || tiles >= kEnoughTilesPerCta * ctas;
-  const int keys = mean_keys(p.fwd);
-  if (balanced && (p.deterministic || keys <= (causal ? kMostKeysInTurnCausal : kMostKeysInTurn)))
-    return DqSum::kInTurn;
-  return p.deterministic || keys <= kFewKeys ? DqSum::kApart : DqSum::kAnyOrder;
+// A causal mask gives the first keys the most queries, unless a window cuts them off.
+inline bool are_unequal(const BackwardParams& p) {
+  return is_causal(p) && p.fwd.mask_spec.window_left > p.fwd.sizes.seqlen_k / 4;
 }
 
+inline int64_t key_tiles(const Sizes& z) { return z.batch * z.heads_kv * cuda::ceil_div(z.seqlen_k, kBackwardKeys); }
+
 // How many CTAs, as a power of two, share the query tiles of a key tile: as many as fill the GPU where key tiles alone do not,
-// twice as many where a causal mask makes tiles unequal, but with a query tile and kLeastSteps steps for each.
-constexpr int kLeastSteps = 8, kMostLog2Splits = 3;
+// if the longest key tile has kLeastQueries for each; twice as many where tiles are unequal, if it has twice that.
+constexpr int kLeastQueries = 1024, kMostLog2Splits = 3;
 inline int log2_query_splits(const cuda::Call& call, int tile_m) {
   const Sizes& z = call.p.fwd.sizes;
-  const int64_t tiles = z.batch * z.heads_kv * cuda::ceil_div(z.seqlen_k, kBackwardKeys);
+  const int64_t tiles = key_tiles(z), ctas = call.device.sm_count;
   if (tiles == 0) return 0;
+  const bool unequal = are_unequal(call.p);
   const int64_t rows = int64_t{mean_keys(call.p.fwd)} * z.seqlen_q / z.seqlen_k;  // that see a key, in the mean
-  const int64_t query_tiles = rows / tile_m, steps = rows * z.heads_per_kv() / tile_m;
-  int64_t most = (is_causal(call.p) ? 2 : 1) * int64_t{call.device.sm_count} / tiles;
-  if (most > query_tiles) most = query_tiles;
-  if (most > steps / kLeastSteps) most = steps / kLeastSteps;
+  const int64_t longest = rows * z.heads_per_kv() * (unequal ? 2 : 1);
   int log2 = 0;
-  while (log2 < kMostLog2Splits && int64_t{2} << log2 <= most) ++log2;
+  for (int next = 1; next <= kMostLog2Splits; log2 = next++) {
+    const int64_t shared = tiles << next;
+    if (shared > (unequal ? 2 : 1) * ctas || rows / tile_m >> next == 0) break;
+    if (longest >> next < (shared > ctas ? 2 : 1) * kLeastQueries) break;
+  }
   return log2;
+}
+
+// In turn, the bits are the same in every run, and nothing is cleared before or converted after. With kEnoughTilesPerCta it is
+// the fastest as well, up to kMostKeysInTurn keys a row: by up to 13 % at 1,024 tokens, 2 % at 4,096; beyond, waiting for
+// turns costs 1 to 8 %. With fewer tiles the GPU waits for the first turns, and under a causal mask for the long key tiles,
+// which come last: 5 to 35 %. Then dQ comes apart where rows see few keys, or bits must not change: two products more cost
+// less than an fp32 dQ that is cleared and converted.
+constexpr int kMostKeysInTurn = 4096, kMostKeysInTurnUnequal = 2048, kFewKeys = 640, kEnoughTilesPerCta = 8;
+inline DqSum dq_sum(const cuda::Call& call, int tile_m) {
+  const BackwardParams& p = call.p;
+  const int64_t tiles = key_tiles(p.fwd.sizes), ctas = call.device.sm_count;
+  const bool unequal = are_unequal(p), enough = tiles >= kEnoughTilesPerCta * ctas;
+  const int keys = mean_keys(p.fwd);
+  if (p.deterministic) {
+    const bool in_turn = unequal ? tiles <= ctas && log2_query_splits(call, tile_m) == 0 : tiles > ctas;
+    return enough || in_turn ? DqSum::kInTurn : DqSum::kApart;
+  }
+  if (enough && keys <= (unequal ? kMostKeysInTurnUnequal : kMostKeysInTurn)) return DqSum::kInTurn;
+  return keys <= kFewKeys && tiles > ctas ? DqSum::kApart : DqSum::kAnyOrder;
 }
 
 // The workspace, in this order; `base` nullptr counts only.
@@ -90,7 +101,8 @@ struct BackwardWorkspace {
 
 inline TileOrder key_tile_order(const BackwardParams& p, int tile_n, DqSum sum, int splits) {
   const Sizes& z = p.fwd.sizes;
-  const int64_t bytes = int64_t{8} * z.seqlen_q * z.head_dim * z.heads_per_kv();
+  // Of the query heads that share K and V, which a CTA walks one after the other, half: CTAs are not in step.
+  const int64_t bytes = int64_t{4} * z.seqlen_q * z.head_dim * (z.heads_per_kv() + 1);
   const int64_t tiles = cuda::ceil_div(z.seqlen_k, tile_n), heads = z.batch * z.heads_kv;
   if (sum == DqSum::kInTurn) return make_tile_order(tiles, heads, 1, bytes, splits, true, false, kTurnSectionBytes);
   return make_tile_order(tiles, heads, 1, bytes, splits, false, is_causal(p));
@@ -139,8 +151,8 @@ cudaError_t launch_delta(const BackwardParams& p, const BackwardWorkspace& space
   delta.semaphores = space.turns;
   delta.unseen_dq = space.turns != nullptr;
   delta.counters = space.next_tiles;
-  return launch_dependent(&cuda::delta_kernel<T>, z.batch * z.heads * delta.m_tiles, cuda::kDeltaThreads, 0, stream, p,
-                          delta);
+  return cuda::launch_dependent(&cuda::delta_kernel<T>, z.batch * z.heads * delta.m_tiles, cuda::kDeltaThreads, 0,
+                                stream, p, delta);
 }
 
 template <typename T, int kRow>
@@ -157,8 +169,8 @@ cudaError_t launch_dq(const cuda::Call& call, const BackwardWorkspace& space, in
   launch.next_tile = space.next_tiles + 1;
   constexpr auto* kKernel = &backward_dq_kernel<T, kRow>;
   if ((error = cuda::allow_shared_bytes<kKernel>(kTile.shared_bytes())) != cudaSuccess) return error;
-  return launch_dependent(kKernel, ctas_for(launch.order, call), kTile.threads(), kTile.shared_bytes(), stream, p,
-                          launch);
+  return cuda::launch_dependent(kKernel, ctas_for(launch.order, call), kTile.threads(), kTile.shared_bytes(), stream, p,
+                                launch);
 }
 
 constexpr int64_t kMostTiles = int64_t{1} << 31;
@@ -171,7 +183,7 @@ inline bool too_many_tiles(const Sizes& z, int tile_m, int tile_n) {
 template <int kRow>
 size_t backward_v2_workspace(const cuda::Call& call) {
   constexpr BackwardTile kTile = kBackwardTiles[kRow];
-  return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, dq_sum(call),
+  return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, dq_sum(call, kTile.tile_m),
                                     1 << log2_query_splits(call, kTile.tile_m), call.p, nullptr)
       .bytes;
 }
@@ -182,14 +194,14 @@ cudaError_t launch_key_tiles(const cuda::Call& call, const BackwardLaunch& launc
   constexpr auto* kKernel = &backward_v2_kernel<T, kRow, kSum>;
   const cudaError_t error = cuda::allow_shared_bytes<kKernel>(kBytes);
   if (error != cudaSuccess) return error;
-  return launch_dependent(kKernel, ctas_for(launch.order, call), BackwardTile::kThreads, kBytes, stream, call.p,
-                          launch);
+  return cuda::launch_dependent(kKernel, ctas_for(launch.order, call), BackwardTile::kThreads, kBytes, stream, call.p,
+                                launch);
 }
 
 template <typename T, int kD>
 cudaError_t convert(const ConvertLaunch& launch, cudaStream_t stream) {
   const int64_t ctas = cuda::ceil_div(launch.all_heads * launch.slabs, kConvertWarps);
-  return launch_dependent(&convert_kernel<T, kD>, ctas, 32 * kConvertWarps, 0, stream, launch);
+  return cuda::launch_dependent(&convert_kernel<T, kD>, ctas, 32 * kConvertWarps, 0, stream, launch);
 }
 
 template <typename T, int kRow>
@@ -197,7 +209,7 @@ cudaError_t launch_backward_v2(const cuda::Call& call, void* workspace, cudaStre
   constexpr BackwardTile kTile = kBackwardTiles[kRow];
   const BackwardParams& p = call.p;
   const Sizes& z = p.fwd.sizes;
-  const DqSum sum = dq_sum(call);
+  const DqSum sum = dq_sum(call, kTile.tile_m);
   const int log2_splits = log2_query_splits(call, kTile.tile_m), splits = 1 << log2_splits;
   const BackwardWorkspace space =
       BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, sum, splits, p, static_cast<char*>(workspace));
@@ -267,8 +279,8 @@ cudaError_t launch_backward_split(const cuda::Call& call, void* workspace, cudaS
   constexpr auto* kKernel = &backward_dkv_kernel<T, kRow>;
   if ((error = cuda::allow_shared_bytes<kKernel>(kTile.shared_bytes())) != cudaSuccess) return error;
   if ((error = launch_delta<T>(p, space, kTile.tile_m, kTile.head_dim, stream)) != cudaSuccess) return error;
-  error = launch_dependent(kKernel, ctas_for(launch.order, call), DkvTile::kThreads, kTile.shared_bytes(), stream, p,
-                           launch);
+  error = cuda::launch_dependent(kKernel, ctas_for(launch.order, call), DkvTile::kThreads, kTile.shared_bytes(), stream,
+                                 p, launch);
   if (error != cudaSuccess) return error;
   return launch_dq<T, dq_row(kTile.head_dim)>(call, space, kTile.tile_m, stream);
 }
@@ -290,7 +302,7 @@ cuda::KernelEntry backward_v2_entry() {
           &launch_backward_v2<T, kRow>,
           false,
           0,
-          has_code()};
+          cuda::has_hopper_code()};
 }
 
 template <typename T, int kRow>
@@ -309,7 +321,7 @@ cuda::KernelEntry backward_split_entry() {
           &launch_backward_split<T, kRow>,
           false,
           0,
-          has_code()};
+          cuda::has_hopper_code()};
 }
 
 }  // namespace fae::sm90

@@ -5,7 +5,6 @@
 #include "../shared/combine.cuh"
 #include "../shared/launch.h"
 #include "forward_v2.cuh"
-#include "launch.h"
 
 namespace fae::sm90 {
 
@@ -42,10 +41,7 @@ constexpr int kKeyTilesDrawnEarly = 8;
 
 // The counter of tiles starts at 0.
 static __global__ void clear_counter_kernel(int* counter) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  ptx::griddepcontrol_launch_dependents();
-  ptx::griddepcontrol_wait();
-#endif
+  ptx::begin_dependent_grid();
   *counter = 0;
 }
 
@@ -91,10 +87,11 @@ cudaError_t launch_forward_v2(const cuda::Call& call, void* workspace, cudaStrea
   constexpr auto* kKernel = &forward_v2_kernel<T, kRow>;
   if ((error = cuda::allow_shared_bytes<kKernel>(kTile.shared_bytes())) != cudaSuccess) return error;
   const int ctas = launch.order.tiles < call.device.sm_count ? launch.order.tiles : call.device.sm_count;
-  if ((error = launch_dependent(&clear_counter_kernel, 1, 1, 0, stream, launch.next_tile)) != cudaSuccess) return error;
-  error = launch_dependent(kKernel, ctas, kTile.threads(), kTile.shared_bytes(), stream, p, launch);
+  if ((error = cuda::launch_dependent(&clear_counter_kernel, 1, 1, 0, stream, launch.next_tile)) != cudaSuccess)
+    return error;
+  error = cuda::launch_dependent(kKernel, ctas, kTile.threads(), kTile.shared_bytes(), stream, p, launch);
   if (error != cudaSuccess || plan.splits == 1) return error;
-  return cuda::combine_splits<T>(p, launch.partial_o, launch.partial_lse, plan.splits, stream);
+  return cuda::combine_splits<T>(p, launch.partial_o, launch.partial_lse, plan.splits, true, stream);
 }
 
 // The registry's row for one tile and dtype.
@@ -114,7 +111,7 @@ cuda::KernelEntry forward_v2_entry() {
           &launch_forward_v2<T, kRow>,
           false,
           0,
-          has_code()};
+          cuda::has_hopper_code()};
 }
 
 }  // namespace fae::sm90
