@@ -99,20 +99,27 @@ struct BackwardWorkspace {
   }
 };
 
+// `tokens`: the length of a section's data. The last section gains from more bytes than in the forward, but not where many
+// heads have few tiles.
+constexpr int64_t kShort = 1024;
+inline SectionBytes section_bytes(const BackwardParams& p, int64_t tokens) {
+  return is_causal(p) ? unequal_tiles((tokens <= kShort ? 32 : 64) << 20) : kEqualTiles;
+}
+
 inline TileOrder key_tile_order(const BackwardParams& p, int tile_n, DqSum sum, int splits) {
   const Sizes& z = p.fwd.sizes;
+  const bool in_turn = sum == DqSum::kInTurn;
   // Of the query heads that share K and V, which a CTA walks one after the other, half: CTAs are not in step.
   const int64_t bytes = int64_t{4} * z.seqlen_q * z.head_dim * (z.heads_per_kv() + 1);
-  const int64_t tiles = cuda::ceil_div(z.seqlen_k, tile_n), heads = z.batch * z.heads_kv;
-  if (sum == DqSum::kInTurn) return make_tile_order(tiles, heads, 1, bytes, splits, true, false, kTurnSectionBytes);
-  return make_tile_order(tiles, heads, 1, bytes, splits, false, is_causal(p));
+  return make_tile_order(cuda::ceil_div(z.seqlen_k, tile_n), z.batch * z.heads_kv, 1, bytes, splits, in_turn,
+                         in_turn ? kTilesInTurn : section_bytes(p, z.seqlen_q));
 }
 
 inline TileOrder query_tile_order(const BackwardParams& p, int tile_m) {
   const Sizes& z = p.fwd.sizes;
   const int64_t bytes = int64_t{2} * z.seqlen_k * (z.head_dim + z.head_dim_v);
   return make_tile_order(cuda::ceil_div(z.seqlen_q, tile_m), z.batch * z.heads, z.heads_per_kv(), bytes, 1,
-                         is_causal(p), is_causal(p));
+                         is_causal(p), section_bytes(p, z.seqlen_k));
 }
 
 inline int ctas_for(const TileOrder& order, const cuda::Call& call) {

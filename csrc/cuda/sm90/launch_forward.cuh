@@ -27,12 +27,20 @@ inline SplitPlan plan_splits(const ForwardTile& t, const Sizes& z, int sm_count)
   return {static_cast<int>(cuda::ceil_div(key_tiles, each)), static_cast<int>(each)};
 }
 
+// Bytes of the last section by a head's tiles. Where they are few, more heads start at once, and wait for memory; where they
+// are many, it takes more bytes for a few heads.
+constexpr int64_t kFewTiles = 4, kManyTiles = 40;
+constexpr int64_t last_section_bytes(int64_t tiles) {
+  return (tiles <= kFewTiles ? 16 : tiles <= kManyTiles ? 32 : 64) << 20;
+}
+
 inline TileOrder tile_order(const ForwardTile& t, const AttentionParams& p, int splits) {
   const Sizes& z = p.sizes;
   const bool causal = p.mask_spec.window_right < kOpenDistance;
   const int64_t bytes = int64_t{2} * z.seqlen_k * (z.head_dim + z.head_dim_v);
-  return make_tile_order(cuda::ceil_div(z.seqlen_q, t.tile_m()), z.batch * z.heads, z.heads_per_kv(), bytes, splits,
-                         causal, causal);
+  const int64_t tiles = cuda::ceil_div(z.seqlen_q, t.tile_m());
+  return make_tile_order(tiles, z.batch * z.heads, z.heads_per_kv(), bytes, splits, causal,
+                         causal ? unequal_tiles(last_section_bytes(tiles)) : kEqualTiles);
 }
 
 // A tile is best drawn late, by a CTA that is ahead; but where tiles are short, the counter's answer would come too late. Up

@@ -31,38 +31,34 @@ struct TileOrder {
   }
 };
 
-// What is read once for all tiles of a section, a part of the 50 MB of L2 that all CTAs share: K and V in the forward; 2, 8
-// and 24 MB were measured: with a mask 8 is the fastest nearly everywhere, 24 up to 8 % slower. Without one a quarter, head
-// after head: up to 6 % faster than 8 MB, least at short sequences.
-// In the backward 4, 16 and 48 MB: 4 gains 2 % at 1,024 tokens, 16 as much at 4,096, 48 loses up to a third.
-constexpr int64_t kSectionBytes = 8 << 20, kEqualSectionBytes = 2 << 20;
-// In the backward, CTAs that add to dQ in turn wait the less the more heads share the GPU: 8, 16, 24, 32 and 64 MB were
-// measured; 8 loses 4 to 10 % without a mask, 32 as much at 1,024 tokens, 64 up to a third.
-constexpr int64_t kTurnSectionBytes = 24 << 20;
-// The last section is larger where tiles are unequal: its long tiles come first, and the GPU should end with short ones. It
-// grows until it has so many tiles or so many bytes: +4 to +16 % in the causal forward at 2k to 8k. Where heads have few tiles,
-// more heads start at once, and wait for memory: half the bytes are 4 % faster at 512 tokens, and 1 % slower from 4k on.
-constexpr int64_t kLastSectionTiles = 800, kLastSectionBytes = 32 << 20, kFewTiles = 4;
+// What is read once for all tiles of a section, a part of the 50 MB of L2 that all CTAs share, and of the last one, which is
+// larger where tiles are unequal: its long tiles come first, and the GPU should end with short ones. It grows until it has
+// kLastSectionTiles or so many bytes; 0: it does not grow. The figures were measured (docs/kernels/sm90-forward.md,
+// docs/kernels/sm90-backward.md).
+struct SectionBytes {
+  int64_t each, last;
+};
+constexpr int64_t kLastSectionTiles = 800;
+constexpr SectionBytes kEqualTiles = {2 << 20, 0};
+constexpr SectionBytes unequal_tiles(int64_t last) { return {8 << 20, last}; }
+// In the backward, CTAs that add to dQ in turn wait the less the more heads share the GPU.
+constexpr SectionBytes kTilesInTurn = {24 << 20, 0};
 
 // `group_bytes` of such data for each group of heads that shares them.
 inline TileOrder make_tile_order(int64_t tiles_per_head, int64_t heads, int64_t heads_per_group, int64_t group_bytes,
-                                 int splits, bool last_first, bool unequal, int64_t section_bytes = 0) {
+                                 int splits, bool last_first, SectionBytes bytes) {
   TileOrder order{};
   order.m_tiles = static_cast<int>(tiles_per_head);
   order.heads = static_cast<int>(heads);
   order.splits = splits;
   order.tiles = static_cast<int>(tiles_per_head * heads * splits);
   order.last_first = last_first;
-  if (section_bytes == 0) section_bytes = unequal ? kSectionBytes : kEqualSectionBytes;
-  const int64_t groups = section_bytes / group_bytes;
+  const int64_t groups = bytes.each / group_bytes;
   const int64_t section = (groups > 1 ? groups : 1) * heads_per_group;
   order.section = static_cast<int>(section < heads ? section : heads);
   int64_t last = heads % order.section == 0 ? order.section : heads % order.section;
-  if (unequal) {
-    const int64_t last_bytes = tiles_per_head <= kFewTiles ? kLastSectionBytes / 2 : kLastSectionBytes;
-    const int64_t allowed = last_bytes / group_bytes * heads_per_group, most = allowed < heads ? allowed : heads;
-    while (last * tiles_per_head < kLastSectionTiles && last + order.section <= most) last += order.section;
-  }
+  const int64_t allowed = bytes.last / group_bytes * heads_per_group, most = allowed < heads ? allowed : heads;
+  while (last * tiles_per_head < kLastSectionTiles && last + order.section <= most) last += order.section;
   order.sections = static_cast<int>((heads - last) / order.section) + 1;
   return order;
 }
