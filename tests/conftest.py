@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import harness
 import pytest
 import torch
@@ -28,6 +30,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if reason is not None and item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _modules(session: pytest.Session, attribute: str) -> list[ModuleType]:
+    modules = dict.fromkeys(item.module for item in session.items if isinstance(item, pytest.Function))
+    return [module for module in modules if hasattr(module, attribute)]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """A module whose tests wait for compilers starts them now: most other tests leave a core to them."""
+    if not session.config.option.collectonly:
+        for module in _modules(session, "start_compilers"):
+            module.start_compilers([item for item in session.items if getattr(item, "module", None) is module])
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    for module in _modules(session, "stop_compilers"):
+        module.stop_compilers()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

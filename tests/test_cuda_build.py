@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -27,13 +28,45 @@ def may_spill(name: str) -> int:
     return max((most for pattern, most in SPILLS.items() if re.match(pattern, name)), default=0)
 
 
-def said_by_ptxas(source: Path, *flags: str) -> str:
-    """Two to five seconds a file."""
+def compile_(source: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Two to twelve seconds a file."""
     command = [str(NVCC), "-std=c++17", "-O3", "--expt-relaxed-constexpr", *flags]
     command += ["-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-v", "-cubin", "-o", "/dev/null", str(source)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+
+
+# The compilers start when tests are collected, one at a time, beside the tests that come first: two minutes in all.
+POOL = ThreadPoolExecutor(1)
+STARTED: dict[tuple[Path, tuple[str, ...]], Future] = {}
+
+
+def start_compilers(items: list[pytest.Item]) -> None:
+    for item in items if NVCC else []:
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if "source" in parameters:
+            start(parameters["source"])
+        elif "macro" in parameters:
+            start(instance(parameters["name"]), f"-D{parameters['macro']}")
+
+
+def stop_compilers() -> None:
+    POOL.shutdown(wait=False, cancel_futures=True)
+
+
+def start(source: Path, *flags: str) -> Future:
+    if (source, flags) not in STARTED:
+        STARTED[source, flags] = POOL.submit(compile_, source, *flags)
+    return STARTED[source, flags]
+
+
+def said_by_ptxas(source: Path, *flags: str) -> str:
+    done = start(source, *flags).result()
     assert done.returncode == 0, done.stdout[-4000:]
     return done.stdout
+
+
+def instance(name: str) -> Path:
+    return ROOT / "csrc" / "cuda" / "instances" / f"sm90_{name}_16bit.cu"
 
 
 def test_there_are_instances() -> None:
@@ -65,5 +98,5 @@ def test_a_build_knows_whether_it_has_code_for_hopper(arch: str, has_code: str, 
 @pytest.mark.parametrize("name", ["forward_v2_d64", "forward_v2_d256", "backward_v2_d128"])
 def test_debug_builds_compile(name: str, macro: str) -> None:
     """Delays have to leave the products in parallel, or they would hide what they are to show."""
-    said = said_by_ptxas(ROOT / "csrc" / "cuda" / "instances" / f"sm90_{name}_16bit.cu", f"-D{macro}")
+    said = said_by_ptxas(instance(name), f"-D{macro}")
     assert macro == "FAE_DEBUG_BARRIERS" or "C75" not in said, said
