@@ -47,6 +47,14 @@ struct Backward {
   static constexpr int kConsumerWarps = 8;
   static constexpr bool kWithDq = kSum != DqSum::kApart, kInTurn = kSum == DqSum::kInTurn;
   static constexpr bool kSplitRows = kM == 128;  // of dQ, between the warpgroups; else its columns
+  // Three levers against waiting, where registers allow: in turn with 128 queries a step they lose.
+  // Reads of shared memory beside the products: after the wait for them they would be waited for again, and long, since
+  // products leave them little bandwidth.
+  static constexpr bool kReadsEarly = kSum == DqSum::kAnyOrder || kM == 64;
+  // The exponentials before the wait for dP: ptxas moves them behind it, but not over the loop of another wait.
+  static constexpr bool kExponentialsFirst = kSum == DqSum::kAnyOrder;
+  // The address of a dQ goes from step to step: to compute it takes some ten instructions and a read of shared memory.
+  static constexpr bool kCarriesAddress = kSum == DqSum::kAnyOrder || (kInTurn && kM == 64);
 
   using Scores = float[kM / 8][4];
   using Packed = uint32_t[kM / 16][4];  // A fragments
@@ -114,6 +122,7 @@ struct Backward {
   // A query tile whose dQ is still to be added to: its product comes with the next step.
   struct Owed {
     int h, m;
+    float* at;  // this lane's part of the accumulator, if kCarriesAddress
   };
 
   template <int kDqColumns>
@@ -132,6 +141,13 @@ struct Backward {
     }
     FAE_DEVICE Ring<kStages> before() const {
       return {at.stage == 0 ? kStages - 1 : at.stage - 1, at.stage == 0 ? at.parity ^ 1 : at.parity};
+    }
+
+    FAE_DEVICE float* address_of(const Owed& owed) const {
+      if constexpr (kCarriesAddress)
+        return owed.at;
+      else
+        return sums().accumulator(owed.h, owed.m);
     }
 
     FAE_DEVICE uint32_t ds_rows() const {  // this warp's
@@ -187,8 +203,16 @@ struct Backward {
       if constexpr (kInTurn) {
         if (!begin_turn(dq, owed, then)) finish_turn(dq, owed, then);
       } else {
-        sums().add(dq, owed.h, owed.m);
+        sums().add(dq, address_of(owed));
       }
+    }
+
+    // Whether all rows of a query tile see all of this warpgroup's keys.
+    FAE_DEVICE bool is_full(int m) const {
+      const Work& work = shared.work[kv_at.stage];
+      const IntervalMask mask = p.fwd.mask(work.b);
+      const int row = m * kM, key = work.n * kN + warpgroup * kRowsPerWarpgroup;
+      return mask.tile_is_full(row, min(row + kM, mask.seqlen_q), key, key + kRowsPerWarpgroup);
     }
 
     template <bool kOwes>
@@ -211,41 +235,55 @@ struct Backward {
           ptx::wgmma_ss<T, 0, 0>(dp, v + tile::step_k_major<kN>(i),
                                  tile::descriptor_k_major(dout) + tile::step_k_major<kM>(i), i > 0);
         ptx::wgmma_commit_group();
-        ptx::wgmma_wait_group<1>();
-      }
-      {
-        const Work& work = shared.work[kv_at.stage];
-        const IntervalMask mask = p.fwd.mask(work.b);
-        const int row = m * kM, key = work.n * kN + warpgroup * kRowsPerWarpgroup;
-        if (!mask.tile_is_full(row, min(row + kM, mask.seqlen_q), key, key + kRowsPerWarpgroup))
-          tile::mask_scores_transposed(s, mask, key + warp * kRowsPerWarp, row, lane);
       }
       const float* stats = shared.stats[at.stage] + 2 * (lane % 4);
+      float2 lse[kM / 8], delta[kM / 8];
+      bool full = true;
+      const auto read_lse = [&] {
+#pragma unroll
+        for (int i = 0; i < kM / 8; ++i) lse[i] = *reinterpret_cast<const float2*>(stats + 8 * i);
+        full = is_full(m);
+      };
+      const auto read_delta = [&] {
+#pragma unroll
+        for (int i = 0; i < kM / 8; ++i) delta[i] = *reinterpret_cast<const float2*>(stats + kM + 8 * i);
+      };
+      if constexpr (kReadsEarly) read_lse();
+      ptx::wgmma_wait_group<1>();
+      if constexpr (!kReadsEarly) read_lse();
+      if (!full) {
+        const Work& work = shared.work[kv_at.stage];
+        const int key = work.n * kN + warpgroup * kRowsPerWarpgroup + warp * kRowsPerWarp;
+        tile::mask_scores_transposed(s, p.fwd.mask(work.b), key, m * kM, lane);
+      }
 #pragma unroll
       for (int i = 0; i < kM / 8; ++i) {
-        const float2 lse = *reinterpret_cast<const float2*>(stats + 8 * i);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          s[i][2 * half] = ptx::ex2_approx(fmaf(s[i][2 * half], launch.scale_log2, -lse.x));
-          s[i][2 * half + 1] = ptx::ex2_approx(fmaf(s[i][2 * half + 1], launch.scale_log2, -lse.y));
+          s[i][2 * half] = ptx::ex2_approx(fmaf(s[i][2 * half], launch.scale_log2, -lse[i].x));
+          s[i][2 * half + 1] = ptx::ex2_approx(fmaf(s[i][2 * half + 1], launch.scale_log2, -lse[i].y));
         }
       }
+      if constexpr (kExponentialsFirst) {
+        shared.ds_ring.wait_empty(at, "ds_empty");
+        read_delta();
+      }
       ptx::wgmma_wait_group<0>();
+      if constexpr (!kExponentialsFirst) read_delta();
       // P is packed no sooner than dS: until then it is needed in full.
       Packed packed_p, packed_ds;
 #pragma unroll
       for (int i = 0; i < kM / 8; ++i) {
-        const float2 delta = *reinterpret_cast<const float2*>(stats + kM + 8 * i);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float x = s[i][2 * half], y = s[i][2 * half + 1];
           packed_ds[i / 2][2 * (i % 2) + half] =
-              tile::Mma<T>::pack(x * (dp[i][2 * half] - delta.x), y * (dp[i][2 * half + 1] - delta.y));
+              tile::Mma<T>::pack(x * (dp[i][2 * half] - delta[i].x), y * (dp[i][2 * half + 1] - delta[i].y));
           packed_p[i / 2][2 * (i % 2) + half] = tile::Mma<T>::pack(x, y);
         }
       }
       if constexpr (kWithDq) {
-        shared.ds_ring.wait_empty(at, "ds_empty");
+        if constexpr (!kExponentialsFirst) shared.ds_ring.wait_empty(at, "ds_empty");
         const uint32_t rows = ds_rows();
 #pragma unroll
         for (int i = 0; i < kM / 16; ++i)
@@ -280,7 +318,7 @@ struct Backward {
         if constexpr (kInTurn)
           done = begin_turn(dq, owed, then);
         else
-          sums().add(dq, owed.h, owed.m);
+          sums().add(dq, address_of(owed));
       }
       ptx::wgmma_wait_group<0>();
       if (lane == 0) shared.q_ring.release(at.stage);
@@ -295,9 +333,9 @@ struct Backward {
       const Place place = shared.place[kv_at.stage];
       if (owed.m >= place.last_from) return false;
       if (owed.m < place.first_until)
-        sums().put(dq, owed.h, owed.m);
+        sums().put(dq, address_of(owed));
       else
-        sums().add(dq, owed.h, owed.m);
+        sums().add(dq, address_of(owed));
       end_turn(then);
       return true;
     }
@@ -306,7 +344,7 @@ struct Backward {
       if (lane == 0) shared.dq_turns.done(then.stage);
     }
     FAE_DEVICE void finish_turn(Dq& dq, const Owed& owed, const Ring<kStages>& then) const {
-      sums().finish(dq, owed.h, owed.m, owed.m < shared.place[kv_at.stage].first_until);
+      sums().finish(dq, address_of(owed), owed.h, owed.m, owed.m < shared.place[kv_at.stage].first_until);
       end_turn(then);
     }
 
@@ -325,6 +363,7 @@ struct Backward {
         Owed owed{};
         const int group = z.heads_per_kv();
         for (int h = work.h_kv * group; h < (work.h_kv + 1) * group; ++h) {
+          float* dq = kCarriesAddress ? sums().accumulator(h, all.begin) : nullptr;
           for (int m = all.begin; m < all.end; ++m) {
             if (m < mine.begin || m >= mine.end) {
               skip();
@@ -338,7 +377,8 @@ struct Backward {
             }
             at.advance();
             owes = kWithDq;
-            owed = {h, m};
+            owed = {h, m, dq};
+            dq += kM * kD;
           }
         }
         if (owes) settle(owed);

@@ -41,20 +41,19 @@ struct DqSums {
     }
   }
 
-  FAE_DEVICE void add(const Dq& dq, int h, int m) const {
-    for_each_piece(dq, accumulator(h, m),
-                   [](const float(&x)[4], float* at) { ptx::red_add_v4(at, x[0], x[1], x[2], x[3]); });
+  FAE_DEVICE void add(const Dq& dq, float* to) const {
+    for_each_piece(dq, to, [](const float(&x)[4], float* at) { ptx::red_add_v4(at, x[0], x[1], x[2], x[3]); });
   }
   // The first to come.
-  FAE_DEVICE void put(const Dq& dq, int h, int m) const {
-    for_each_piece(dq, accumulator(h, m), [](const float(&x)[4], float* at) {
+  FAE_DEVICE void put(const Dq& dq, float* to) const {
+    for_each_piece(dq, to, [](const float(&x)[4], float* at) {
       *reinterpret_cast<float4*>(at) = make_float4(x[0], x[1], x[2], x[3]);
     });
   }
   // The last: the sum is complete, is rounded, and leaves for dQ itself.
-  FAE_DEVICE void finish(Dq& dq, int h, int m, bool first) const {
+  FAE_DEVICE void finish(Dq& dq, float* sums, int h, int m, bool first) const {
     if (!first) {
-      for_each_piece(dq, accumulator(h, m), [](float(&x)[4], const float* at) {
+      for_each_piece(dq, sums, [](float(&x)[4], const float* at) {
         const float4 sum = __ldcg(reinterpret_cast<const float4*>(at));
         x[0] += sum.x, x[1] += sum.y, x[2] += sum.z, x[3] += sum.w;
       });

@@ -52,11 +52,11 @@ inline int log2_query_splits(const cuda::Call& call, int tile_m) {
 }
 
 // In turn, the bits are the same in every run, and nothing is cleared before or converted after. With kEnoughTilesPerCta it is
-// the fastest as well, up to kMostKeysInTurn keys a row: by up to 13 % at 1,024 tokens, 2 % at 4,096; beyond, waiting for
-// turns costs 1 to 8 %. With fewer tiles the GPU waits for the first turns, and under a causal mask for the long key tiles,
+// the fastest as well, up to kMostKeysInTurn keys a row: by up to 16 % at 1,024 tokens, 6 % at 2,048; beyond, waiting for
+// turns costs 3 to 14 %. With fewer tiles the GPU waits for the first turns, and under a causal mask for the long key tiles,
 // which come last: 5 to 35 %. Then dQ comes apart where rows see few keys, or bits must not change: two products more cost
 // less than an fp32 dQ that is cleared and converted.
-constexpr int kMostKeysInTurn = 4096, kMostKeysInTurnUnequal = 2048, kFewKeys = 640, kEnoughTilesPerCta = 8;
+constexpr int kMostKeysInTurn = 2048, kMostKeysInTurnUnequal = 1536, kFewKeys = 640, kEnoughTilesPerCta = 8;
 inline DqSum dq_sum(const cuda::Call& call, int tile_m) {
   const BackwardParams& p = call.p;
   const int64_t tiles = key_tiles(p.fwd.sizes), ctas = call.device.sm_count;
