@@ -47,14 +47,11 @@ struct Backward {
   static constexpr int kConsumerWarps = 8;
   static constexpr bool kWithDq = kSum != DqSum::kApart, kInTurn = kSum == DqSum::kInTurn;
   static constexpr bool kSplitRows = kM == 128;  // of dQ, between the warpgroups; else its columns
-  // Three levers against waiting, where registers allow: in turn with 128 queries a step they lose.
-  // Reads of shared memory beside the products: after the wait for them they would be waited for again, and long, since
-  // products leave them little bandwidth.
-  static constexpr bool kReadsEarly = kSum == DqSum::kAnyOrder || kM == 64;
-  // The exponentials before the wait for dP: ptxas moves them behind it, but not over the loop of another wait.
-  static constexpr bool kExponentialsFirst = kSum == DqSum::kAnyOrder;
-  // The address of a dQ goes from step to step: to compute it takes some ten instructions and a read of shared memory.
-  static constexpr bool kCarriesAddress = kSum == DqSum::kAnyOrder || (kInTurn && kM == 64);
+  // Against waiting, where registers allow; in turn with 128 queries a step these lose. Reads of shared memory beside the
+  // products, which later leave them little bandwidth; the exponentials before the wait for dP (ptxas moves them behind it,
+  // but not over the loop of another wait); the address of dQ from step to step, since it takes ten instructions.
+  static constexpr bool kAnyOrder = kSum == DqSum::kAnyOrder, kExponentialsFirst = kAnyOrder;
+  static constexpr bool kReadsEarly = kAnyOrder || kM == 64, kCarriesAddress = kAnyOrder || (kInTurn && kM == 64);
 
   using Scores = float[kM / 8][4];
   using Packed = uint32_t[kM / 16][4];  // A fragments
