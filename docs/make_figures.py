@@ -1,15 +1,16 @@
-"""Draws the figures of docs/algorithms.md and prints its table of memory traffic.
+"""Draws the figures of the README and of docs/algorithms.md, and prints the latter's table of memory traffic.
 
     python docs/make_figures.py            # writes docs/figures/*.png
     python docs/make_figures.py --table    # prints the traffic table in Markdown
 
-Nothing here is measured. The traffic functions are the formulas of the page; tests/test_docs.py counts the same bytes
-with plain loops and compares.
+Nothing here is measured, but for what measured() takes from the records in benchmarks/results/. The traffic functions
+are the formulas of the page; tests/test_docs.py counts the same bytes with plain loops and compares.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from math import ceil
 from pathlib import Path
@@ -327,7 +328,49 @@ def hbm_traffic() -> None:
     save(figure, "hbm_traffic.png")
 
 
-FIGURE_FUNCTIONS = (loop_orders, online_softmax, mask_tiles, latin_rectangle, hbm_traffic)
+# ---- measured --------------------------------------------------------------------------------------------------------
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+SHOWN = {  # implementation: name, colour
+    "flash_attn_ext": ("flash_attn_ext", ORANGE),
+    "cudnn": ("cuDNN", BLUE),
+    "fa4": ("FlashAttention-4", INK),
+    "fa3": ("FlashAttention-3", GREY),
+    "fa2": ("FlashAttention-2", "#c9b458"),
+}
+
+
+def measured() -> None:
+    dims, lengths = (64, 128, 256), (512, 1024, 2048, 4096, 8192, 16384)
+    kinds = [(direction, causal) for direction in ("fwd", "bwd") for causal in (False, True)]
+    figure, panels = plt.subplots(len(kinds), len(dims), figsize=(12, 13), sharex=True, sharey="row")
+    for row, (direction, causal) in zip(panels, kinds, strict=True):
+        record = json.loads((RESULTS / f"bench_h100_{direction}_cuda.json").read_text())["rows"]
+        for axes, d in zip(row, dims, strict=True):
+            cells = [x for x in record if x["head_dim"] == d and x["causal"] == causal]
+            for implementation, (name, colour) in reversed(SHOWN.items()):
+                speed = {x["seqlen_q"]: x["tflops"] for x in cells if x["impl"] == implementation}
+                if speed:
+                    width = 2.6 if implementation == "flash_attn_ext" else 1.6
+                    axes.plot(
+                        lengths, [speed[n] for n in lengths], "o-", color=colour, linewidth=width, ms=4, label=name
+                    )
+            words = "forward" if direction == "fwd" else "backward"
+            axes.set(xscale="log", title=f"{words}, {'causal' if causal else 'full'}, head dimension {d}")
+            axes.set_xticks(lengths, [f"{n // 1024}k" if n >= 1024 else str(n) for n in lengths])
+            axes.minorticks_off()
+            axes.grid(color="#e5e5e5", linewidth=0.8)
+            axes.spines[["top", "right"]].set_visible(False)
+        row[0].set(ylabel="TFLOP/s", ylim=(0, None))
+    for axes in panels[-1]:
+        axes.set_xlabel("sequence length")
+    lines, names = panels[0][0].get_legend_handles_labels()
+    figure.legend(lines[::-1], names[::-1], frameon=False, ncols=len(names), loc="upper center")
+    figure.tight_layout(rect=(0, 0, 1, 0.975))
+    save(figure, "h100.png")
+
+
+FIGURE_FUNCTIONS = (loop_orders, online_softmax, mask_tiles, latin_rectangle, hbm_traffic, measured)
 
 
 def main() -> None:

@@ -237,6 +237,14 @@ def test_traffic_table_is_current(figures: ModuleType):
     assert between(DOCS / "algorithms.md", "traffic-table") == figures.traffic_table()
 
 
+def test_tables_of_records_are_current():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    for name, (page, table) in tables.TABLES.items():
+        assert between(ROOT / page, name) == table(), f"python benchmarks/tables.py --write ({name})"
+
+
 def blocks(n: int, size: int) -> list[int]:
     return [min(size, n - at) for at in range(0, n, size)]
 
