@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(NVCC is None, reason="no nvcc
 # What a kernel's mangled name begins with: the bytes that it may spill.
 SPILLS = {
     r"\w*backward_v2_kernelI\w+Li\dELNS0_5DqSumE1E": 112,  # producer and turns have 24 registers: once a key tile
-    r"\w*backward_v2_kernelI\w+Li1ELNS0_5DqSumE0E": 4,  # D 80, 96: of a step, what all but the products read
+    r"\w*backward_v2_kernelI\w+Li1ELNS0_5DqSumE0E": 4,  # D 80; and D 96: what a step reads beside the products
     r"\w*backward_v2_kernelI\w+Li2ELNS0_5DqSumE0E": 60,
 }
 
@@ -87,7 +87,7 @@ def test_no_spill_and_no_serialised_wgmma(source: Path) -> None:
 
 @pytest.mark.parametrize("arch, has_code", [("sm_80", "false"), ("sm_90a", "true")])
 def test_a_build_knows_whether_it_has_code_for_hopper(arch: str, has_code: str, tmp_path: Path) -> None:
-    """Else a build for 8.0 alone would run empty kernels on a Hopper GPU."""
+    """Else a build for 8.0 alone would run empty kernels on a Hopper GPU, and dependent ones that cannot wait."""
     source = tmp_path / "has_code.cu"
     source.write_text(f'#include "cuda/shared/launch.h"\nstatic_assert(fae::cuda::has_hopper_code() == {has_code});\n')
     command = [str(NVCC), "-std=c++17", f"-arch={arch}", "-I", str(ROOT / "csrc"), "-c", "-o", "/dev/null", str(source)]

@@ -47,9 +47,8 @@ struct Backward {
   static constexpr int kConsumerWarps = 8;
   static constexpr bool kWithDq = kSum != DqSum::kApart, kInTurn = kSum == DqSum::kInTurn;
   static constexpr bool kSplitRows = kM == 128;  // of dQ, between the warpgroups; else its columns
-  // Against waiting, where registers allow; in turn with 128 queries a step these lose. Reads of shared memory beside the
-  // products, which later leave them little bandwidth; the exponentials before the wait for dP (ptxas moves them behind it,
-  // but not over the loop of another wait); the address of dQ from step to step, since it takes ten instructions.
+  // Against waiting, where it gains: shared memory is read beside the products, which leave it little bandwidth; exponentials
+  // precede the wait for dP (ptxas moves them behind it, but not over another wait's loop); dQ's address is carried along.
   static constexpr bool kAnyOrder = kSum == DqSum::kAnyOrder, kExponentialsFirst = kAnyOrder;
   static constexpr bool kReadsEarly = kAnyOrder || kM == 64, kCarriesAddress = kAnyOrder || (kInTurn && kM == 64);
 
@@ -360,7 +359,8 @@ struct Backward {
         Owed owed{};
         const int group = z.heads_per_kv();
         for (int h = work.h_kv * group; h < (work.h_kv + 1) * group; ++h) {
-          float* dq = kCarriesAddress ? sums().accumulator(h, all.begin) : nullptr;
+          float* dq = nullptr;
+          if constexpr (kCarriesAddress) dq = sums().accumulator(h, all.begin);
           for (int m = all.begin; m < all.end; ++m) {
             if (m < mine.begin || m >= mine.end) {
               skip();
@@ -375,7 +375,7 @@ struct Backward {
             at.advance();
             owes = kWithDq;
             owed = {h, m, dq};
-            dq += kM * kD;
+            if constexpr (kCarriesAddress) dq += kM * kD;
           }
         }
         if (owes) settle(owed);

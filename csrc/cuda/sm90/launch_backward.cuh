@@ -53,9 +53,9 @@ inline int log2_query_splits(const cuda::Call& call, int tile_m) {
 
 // In turn, the bits are the same in every run, and nothing is cleared before or converted after. With kEnoughTilesPerCta it is
 // the fastest as well, up to kMostKeysInTurn keys a row: by up to 16 % at 1,024 tokens, 6 % at 2,048; beyond, waiting for
-// turns costs 3 to 14 %. With fewer tiles the GPU waits for the first turns, and under a causal mask for the long key tiles,
-// which come last: 5 to 35 %. Then dQ comes apart where rows see few keys, or bits must not change: two products more cost
-// less than an fp32 dQ that is cleared and converted.
+// turns costs up to 13 %. With fewer tiles the GPU waits for the first turns, and under a causal mask for the long key tiles,
+// which come last: 5 to 35 %. Then dQ comes apart where rows see few keys: two products more cost less than an fp32 dQ that is
+// cleared and converted. If bits must not change, it comes apart or in turn, whichever is faster.
 constexpr int kMostKeysInTurn = 2048, kMostKeysInTurnUnequal = 1536, kFewKeys = 640, kEnoughTilesPerCta = 8;
 inline DqSum dq_sum(const cuda::Call& call, int tile_m) {
   const BackwardParams& p = call.p;
@@ -99,8 +99,8 @@ struct BackwardWorkspace {
   }
 };
 
-// `tokens`: the length of a section's data. The last section gains from more bytes than in the forward, but not where many
-// heads have few tiles.
+// `tokens`: the length of a section's data. Under a causal mask, whatever the window. The last section gains from more bytes
+// than in the forward, but not where many heads have few tiles.
 constexpr int64_t kShort = 1024;
 inline SectionBytes section_bytes(const BackwardParams& p, int64_t tokens) {
   return is_causal(p) ? unequal_tiles((tokens <= kShort ? 32 : 64) << 20) : kEqualTiles;

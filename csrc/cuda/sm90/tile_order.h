@@ -39,7 +39,7 @@ struct SectionBytes {
   int64_t each, last;
 };
 constexpr int64_t kLastSectionTiles = 800;
-constexpr SectionBytes kEqualTiles = {2 << 20, 0};
+constexpr SectionBytes kEqualTiles = {2 << 20, 0};  // without a causal mask
 constexpr SectionBytes unequal_tiles(int64_t last) { return {8 << 20, last}; }
 // In the backward, CTAs that add to dQ in turn wait the less the more heads share the GPU.
 constexpr SectionBytes kTilesInTurn = {24 << 20, 0};
