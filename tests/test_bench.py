@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -261,6 +262,11 @@ def test_measure_interleaves_and_takes_medians() -> None:
     assert (a.ms, a.low, a.high, a.iqr, a.calls) == (5.0, 1.0, 7.0, 3.0, 3)
     assert a.median_of("power_w") == 10.0
     assert a.median_of("clock_mhz") is None
+
+
+def test_a_slow_first_call_does_not_set_the_length_of_a_sample() -> None:
+    slow = iter([0.1])  # what has to be imported or compiled
+    assert _timing.CpuTimer(0.01).calls_for(lambda: time.sleep(next(slow, 0.0))) > 10
 
 
 def test_measure_keeps_the_reason_of_a_refusal() -> None:
