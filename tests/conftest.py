@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from types import ModuleType
 
+import background
 import harness
 import pytest
 import torch
@@ -32,21 +34,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _modules(session: pytest.Session, attribute: str) -> list[ModuleType]:
-    modules = dict.fromkeys(item.module for item in session.items if isinstance(item, pytest.Function))
-    return [module for module in modules if hasattr(module, attribute)]
-
-
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """A module whose tests wait for compilers starts them now: most other tests leave a core to them."""
-    if not session.config.option.collectonly:
-        for module in _modules(session, "start_compilers"):
-            module.start_compilers([item for item in session.items if getattr(item, "module", None) is module])
+    if session.config.option.collectonly or "PYTEST_XDIST_WORKER" in os.environ:  # each of them would start everything
+        return
+    items: dict[ModuleType, list[pytest.Item]] = {}
+    for item in session.items:
+        if isinstance(item, pytest.Function) and item.get_closest_marker("skip") is None:
+            items.setdefault(item.module, []).append(item)
+    for module, of_module in items.items():
+        if hasattr(module, "start_background"):
+            module.start_background(of_module)
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    for module in _modules(session, "stop_compilers"):
-        module.stop_compilers()
+def pytest_sessionfinish() -> None:
+    background.stop()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

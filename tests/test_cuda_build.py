@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
+import background
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,12 +37,7 @@ def compile_(source: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
 
 
-# The compilers start when tests are collected, one at a time, beside the tests that come first: two minutes in all.
-POOL = ThreadPoolExecutor(1)
-STARTED: dict[tuple[Path, tuple[str, ...]], Future] = {}
-
-
-def start_compilers(items: list[pytest.Item]) -> None:
+def start_background(items: list[pytest.Item]) -> None:
     for item in items if NVCC else []:
         parameters = item.callspec.params if hasattr(item, "callspec") else {}
         if "source" in parameters:
@@ -50,14 +46,8 @@ def start_compilers(items: list[pytest.Item]) -> None:
             start(instance(parameters["name"]), f"-D{parameters['macro']}")
 
 
-def stop_compilers() -> None:
-    POOL.shutdown(wait=False, cancel_futures=True)
-
-
 def start(source: Path, *flags: str) -> Future:
-    if (source, flags) not in STARTED:
-        STARTED[source, flags] = POOL.submit(compile_, source, *flags)
-    return STARTED[source, flags]
+    return background.start((source, flags), compile_, source, *flags)
 
 
 def said_by_ptxas(source: Path, *flags: str) -> str:

@@ -10,9 +10,11 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import venv
 from pathlib import Path
 
+import background
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -35,10 +37,8 @@ def run(*command: str, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pack(folder: Path) -> Path:
     """Packed from a copy, so that no egg-info appears in the tree."""
-    folder = tmp_path_factory.mktemp("sdist")
     source = folder / "source"
     ignore = shutil.ignore_patterns(".*", "venv*", "build", "dist", "runs", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, source, ignore=ignore)
@@ -48,8 +48,42 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return archive
 
 
-def test_the_sdist_has_everything_and_no_binary(sdist: Path) -> None:
-    with tarfile.open(sdist) as archive:
+def install(folder: Path) -> tuple[Path, str, Path]:
+    """The sdist, and the interpreter and site-packages of an environment into which it has been installed."""
+    archive = pack(folder)
+    environment = folder / "env"
+    venv.create(environment, with_pip=False)
+    python = str(environment / "bin" / "python")
+    # What this interpreter can import, PyTorch and pip among it, but no editable install of ours.
+    packages = [p for p in sys.path if p.endswith("site-packages")]
+    site = next((environment / "lib").glob("python*/site-packages"))
+    (site / "outer.pth").write_text("\n".join(packages) + "\n")
+    (site / "sitecustomize.py").write_text(
+        "import sys\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+    )
+    run(
+        python, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index",
+        "--ignore-installed", "--target", str(site), str(archive), cwd=folder, FLASH_ATTN_EXT_CUDA="0", MAX_JOBS="1",
+    )  # fmt: skip
+    return archive, python, site
+
+
+FOLDER = tempfile.TemporaryDirectory(prefix="flash_attn_ext_")  # as long as this process
+
+
+def start_background(items: list[pytest.Item]) -> None:
+    if any("installed" in item.fixturenames for item in items):
+        background.start("install", install, Path(FOLDER.name))
+
+
+@pytest.fixture(scope="module")
+def installed() -> tuple[Path, str, Path]:
+    return background.start("install", install, Path(FOLDER.name)).result()
+
+
+def test_the_sdist_has_everything_and_no_binary(installed: tuple[Path, str, Path]) -> None:
+    with tarfile.open(installed[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert names >= MUST_HAVE, MUST_HAVE - names
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc")) or "__pycache__" in name]
@@ -71,22 +105,8 @@ print(json.dumps([fae.__file__, info["cuda"], sorted(devices), info["cuda_reason
 """
 
 
-def test_install_from_the_sdist_for_the_cpu_only(sdist: Path, tmp_path: Path) -> None:
-    environment = tmp_path / "env"
-    venv.create(environment, with_pip=False)
-    python = str(environment / "bin" / "python")
-    # What this interpreter can import, PyTorch and pip among it, but no editable install of ours.
-    packages = [p for p in sys.path if p.endswith("site-packages")]
-    site = next((environment / "lib").glob("python*/site-packages"))
-    (site / "outer.pth").write_text("\n".join(packages) + "\n")
-    (site / "sitecustomize.py").write_text(
-        "import sys\n"
-        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
-    )
-    run(
-        python, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index",
-        "--ignore-installed", "--target", str(site), str(sdist), cwd=tmp_path, FLASH_ATTN_EXT_CUDA="0",
-    )  # fmt: skip
+def test_install_from_the_sdist_for_the_cpu_only(installed: tuple[Path, str, Path], tmp_path: Path) -> None:
+    _, python, site = installed
     assert {"_ops.so", "build.json", "py.typed", "_C.pyi"} <= {p.name for p in (site / "flash_attn_ext").iterdir()}
     said = run(python, "-c", USE, cwd=tmp_path).splitlines()[-1]
     assert said.startswith(f'["{site / "flash_attn_ext"}') and said.endswith('false, ["cpu"], "FLASH_ATTN_EXT_CUDA=0"]')
