@@ -11,34 +11,32 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+
+from flash_attn_ext.cli import _record
+from flash_attn_ext.cli._peers import OURS
+from flash_attn_ext.cli._record import Row
+from flash_attn_ext.cli._report import Table, times
+from flash_attn_ext.cli.bench import TENSOR_FLOP_PER_CLOCK_AND_SM
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-OURS, PEERS = "flash_attn_ext", ("cudnn", "fa2", "fa3", "fa4")
+PEERS = ("cudnn", "fa2", "fa3", "fa4")
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-PEAK_TFLOPS_PER_MHZ = 0.5407  # 132 SMs, 4096 FLOP a clock each
+SMS = 132  # of the H100 that the records name
 
-Row = dict[str, Any]
 Cell = dict[str, Row]  # one row for each implementation
 
 
-def load(name: str) -> list[Row]:
-    return json.loads((RESULTS / name).read_text())["rows"]
-
-
-def cells(rows: Iterable[Row], *keys: str) -> dict[tuple, Cell]:
-    found: dict[tuple, Cell] = {}
-    for row in rows:
-        found.setdefault(tuple(row[key] for key in keys), {})[row["impl"]] = row
-    return found
+def cells(name: str) -> list[Cell]:
+    return list(_record.by_cell(_record.load(RESULTS / name)["rows"]).values())
 
 
 def grid(direction: str) -> dict[tuple[int, bool, int], Cell]:
     """(head_dim, causal, seqlen): what each implementation made of it."""
-    return cells(load(f"bench_h100_{direction}_cuda.json"), "head_dim", "causal", "seqlen_q")
+    keys = ("head_dim", "causal", "seqlen_q")
+    return {tuple(cell[OURS][key] for key in keys): cell for cell in cells(f"bench_h100_{direction}_cuda.json")}
 
 
 def over(cell: Cell, *peers: str) -> float | None:
@@ -47,13 +45,13 @@ def over(cell: Cell, *peers: str) -> float | None:
     return min(times) / cell[OURS]["ms"] if times else None
 
 
-def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def markdown(columns: Sequence[str], rows: Iterable[list[str]]) -> str:
+    """Without a title: the pages have their own words."""
+    return "\n".join(Table("", columns, list(rows)).markdown().splitlines()[2:])
 
 
-def lengths() -> list[str]:
-    return [f"{n // 1024}k" if n >= 1024 else str(n) for n in LENGTHS]
+def length(n: int) -> str:
+    return f"{n // 1024}k" if n >= 1024 else str(n)
 
 
 def by_length(direction: str, text: Callable[[Cell], str], label: str = "") -> list[list[str]]:
@@ -69,29 +67,39 @@ def h100() -> str:
     """TFLOP/s, over cuDNN, over the fastest of all peers of the run."""
 
     def text(cell: Cell) -> str:
-        return f"{cell[OURS]['tflops']:.0f}, {over(cell, 'cudnn'):.2f}x, {over(cell, *PEERS):.2f}x"
+        return f"{cell[OURS]['tflops']:.0f}, {times(over(cell, 'cudnn'))}, {times(over(cell, *PEERS))}"
 
     rows = [*by_length("fwd", text, "forward "), *by_length("bwd", text, "backward ")]
-    return markdown(["sequence", *lengths()], rows)
+    return markdown(["sequence", *map(length, LENGTHS)], rows)
 
 
 def beyond() -> str:
     """TFLOP/s and the multiple of cuDNN's speed, which PyTorch gives no windows."""
     keys = ("head_dim", "seqlen_q", "batch", "heads", "heads_kv", "window")
-    rows = load("bench_beyond_cuda.json")
-    both = {direction: cells((r for r in rows if r["direction"] == direction), *keys) for direction in ("fwd", "bwd")}
-
-    def text(cell: Cell) -> str:
-        ratio = over(cell, "cudnn")
-        return f"{cell[OURS]['tflops']:.0f}" + (f", {ratio:.2f}x" if ratio else "")
+    rows: dict[tuple, dict[str, str]] = {}
+    for cell in cells("bench_beyond_cuda.json"):
+        ours, ratio = cell[OURS], over(cell, "cudnn")
+        text = f"{ours['tflops']:.0f}" + (f", {times(ratio)}" if ratio else "")
+        rows.setdefault(tuple(ours[key] for key in keys), {})[ours["direction"]] = text
 
     def name(head_dim: int, n: int, batch: int, heads: int, heads_kv: int, window: int | None) -> str:
         grouped = f", {heads_kv} of keys" if heads_kv != heads else ""
         masked = f", window {window}" if window else ""
-        return f"D{head_dim}, {n // 1024}k, batch {batch}, {heads} head{'s'[: heads > 1]}{grouped}{masked}"
+        return f"D{head_dim}, {length(n)}, batch {batch}, {heads} head{'s'[: heads > 1]}{grouped}{masked}"
 
-    lines = [[name(*key), *(text(both[direction][key]) for direction in both)] for key in both["fwd"]]
+    lines = [[name(*key), text["fwd"], text["bwd"]] for key, text in rows.items()]
     return markdown(["", "forward", "backward"], lines)
+
+
+def train_step() -> str:
+    """Milliseconds a step."""
+    names = {OURS: "ours", "deterministic": "deterministic", "cudnn": "cuDNN", "fa2": "FlashAttention-2"}
+    ms: dict[tuple[int, str], dict[int, float]] = {}
+    for row in json.loads((RESULTS / "train_step_cuda.json").read_text())["rows"]:
+        ms.setdefault((row["head_dim"], row["impl"]), {})[row["seq_len"]] = row["ms"]
+    seqlens = sorted({n for by_length in ms.values() for n in by_length})
+    lines = [[f"D{d}, {names[impl]}", *(f"{by[n]:.0f}" for n in seqlens)] for (d, impl), by in ms.items()]
+    return markdown(["", *map(length, seqlens)], lines)
 
 
 def detail(direction: str) -> str:
@@ -101,15 +109,16 @@ def detail(direction: str) -> str:
     def text(cell: Cell) -> str:
         ours = cell[OURS]
         ratios = [f"{names[peer]} {over(cell, peer):.3f}" for peer in names if peer in cell]
-        use = ours["tflops"] / (PEAK_TFLOPS_PER_MHZ * ours["clock_mhz"])
+        use = ours["tflops"] / (SMS * TENSOR_FLOP_PER_CLOCK_AND_SM / 1e6 * ours["clock_mhz"])
         return f"{ours['tflops']:.0f}; {', '.join(ratios)}; {ours['power_w']:.0f} W, {100 * use:.0f} %"
 
-    return markdown(["", *lengths()], by_length(direction, text))
+    return markdown(["", *map(length, LENGTHS)], by_length(direction, text))
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "h100": ("README.md", h100),
     "beyond": ("README.md", beyond),
+    "train-step": ("README.md", train_step),
     "grid-forward": ("docs/kernels/sm90-forward.md", lambda: detail("fwd")),
     "grid-backward": ("docs/kernels/sm90-backward.md", lambda: detail("bwd")),
 }
