@@ -18,6 +18,7 @@
 #if defined(FAE_WITH_CUDA)
 #include "cuda/bulk_copy.h"
 #include "cuda/core_check.h"
+#include "cuda/pack_groups.h"
 #include "cuda/registry.h"
 #endif
 
@@ -251,14 +252,16 @@ py::dict plan_cuda(const std::string& pass, int version, const std::string& dtyp
   call.device = {compute_capability, sm_count, shared_bytes};
   call.fp32_exact = fp32_exact;
   const Pass which = is_backward(pass) ? Pass::kBackward : Pass::kForward;
+  const fae::Sizes& sizes = call.p.fwd.sizes;
+  if (which == Pass::kForward && version == 2) pack_groups(&call.p.fwd, fae::size_of(dtype_of(dtype)));
   const KernelKey key = {which,
                          version,
                          dtype_of(dtype),
                          std::max(head_dim, head_dim_v),
                          block_m,
                          block_n,
-                         seqlen_q,
-                         heads,
+                         sizes.seqlen_q,
+                         sizes.heads,
                          no_bulk_copy.has_value() ? no_bulk_copy->c_str() : nullptr};
   std::string why_not;
   const KernelEntry* entry = find(key, call.device, &why_not);

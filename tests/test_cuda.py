@@ -235,6 +235,26 @@ def test_keys_are_split_where_rows_are_few() -> None:
     assert explain(q, k, v)["fwd"]["workspace_bytes"] > 0
 
 
+@pytest.mark.parametrize("dtype", CUDA_DTYPES)
+@pytest.mark.parametrize("top_left", [False, True], ids=["bottom-right", "top-left"])
+@pytest.mark.parametrize("left, right", [(-1, -1), (-1, 0), (700, -1), (2500, 900), (0, 0)])
+def test_one_row_a_head_is_one_head_of_rows(left: int, right: int, top_left: bool, dtype: str) -> None:
+    """The heads of a group run as the rows of one head, over the keys that the one position sees: bit by bit the same."""
+    case = Case(1, 6000, 128, batch=2, heads=15, heads_kv=3, dtype=dtype, head_dim_v=72)
+    q, k, v = tensors(case)
+    position = 0 if top_left else case.seqlen_k - 1
+    begin = 0 if left < 0 else max(0, position - left)
+    end = case.seqlen_k if right < 0 else min(case.seqlen_k, position + right + 1)
+    out, lse = ops.fwd(q, k, v, None, left, right, top_left)
+    rows, rows_lse = ops.fwd(q.view(2, 3, 5, 128), k[:, :, begin:end], v[:, :, begin:end])
+    assert torch.equal(out.view(2, 3, 5, 72), rows) and torch.equal(lse.view(2, 3, 5), rows_lse)
+    expected = naive_attention(
+        q.float(), k.float(), v.float(), causal=right == 0, causal_align="top-left" if top_left else "bottom-right",
+        window=(None if left < 0 else left, None if right < 0 else right),
+    )  # fmt: skip
+    assert (out.float() - expected).abs().max() < {"float16": 4e-3, "bfloat16": 3e-2, "float32": 1e-4}[dtype]
+
+
 # ---- every kernel of the registry ------------------------------------------------------------------------------------
 
 TILES = [

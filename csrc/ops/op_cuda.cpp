@@ -16,6 +16,7 @@
 #include <initializer_list>
 
 #include "../cuda/bulk_copy.h"
+#include "../cuda/pack_groups.h"
 #include "../cuda/registry.h"
 #include "prepare.h"
 #endif
@@ -96,12 +97,17 @@ std::tuple<Tensor, Tensor> forward(const char* name, int version, const Tensor& 
   check_forward(name, q, k, v, {scale, block_m, block_n});
   const c10::cuda::CUDAGuard guard(q.device());
   cuda::Call call;
-  call.p.fwd.sizes = sizes_of(q, k, v);  // refused before anything is allocated
-  const cuda::KernelEntry& entry =
+  const MaskSpec mask = mask_spec(window_left, window_right, top_left);
+  call.p.fwd.sizes = sizes_of(q, k, v);
+  call.p.fwd.mask_spec = mask;
+  const int element_bytes = static_cast<int>(q.element_size());
+  const bool packed = version == 2 && cuda::pack_groups(&call.p.fwd, element_bytes);
+  const cuda::KernelEntry& entry =  // refused before anything is allocated
       entry_for(name, cuda::Pass::kForward, version, q, block_m, block_n, no_bulk_copy({&q, &k, &v}, scale), &call);
-  const PreparedForward f = prepare_forward(q, k, v, scale, mask_spec(window_left, window_right, top_left));
+  const PreparedForward f = prepare_forward(q, k, v, scale, mask);
   if (f.nothing_to_compute) return f.results();
   call.p.fwd = f.params;
+  if (packed) cuda::pack_groups(&call.p.fwd, element_bytes);
   launch(name, entry, &call, q);
   return f.results();
 }

@@ -1,10 +1,13 @@
-// core/params.h: what a kernel takes by value, and 64-bit addressing.
+// core/params.h: what a kernel takes by value, and 64-bit addressing; cuda/pack_groups.h, which rewrites it.
 #include "core/params.h"
 
 #include <gtest/gtest.h>
 #include <sys/mman.h>
 
 #include <type_traits>
+#include <vector>
+
+#include "cuda/pack_groups.h"
 
 namespace fae {
 namespace {
@@ -72,6 +75,64 @@ TEST(Params, DefaultsAreAnUnmaskedCall) {
   EXPECT_EQ(p.seq(5).seqlen_q, 3);
   EXPECT_EQ(p.seq(5).seqlen_k, 7);
   EXPECT_EQ(BackwardParams{}.dlse.data, nullptr);
+}
+
+// Every head's row has the address that its place in the group says, and sees the same keys as before.
+TEST(PackGroups, RowsAndKeysKeepTheirAddresses) {
+  std::vector<uint16_t> q(4096), k(1 << 16), v(1 << 16), o(4096);
+  std::vector<float> lse(64);
+  int packed_calls = 0;
+  for (const int heads_kv : {1, 2, 3})
+    for (const int group : {1, 2, 5})
+      for (const int seqlen_k : {0, 1, 2, 40})
+        for (const int left : {0, 1, 7, 39, 40, kOpenDistance})
+          for (const int right : {0, 3, 100, kOpenDistance})
+            for (const bool top_left : {false, true}) {
+              const int heads = heads_kv * group;
+              AttentionParams before;
+              before.q = {q.data(), heads * 16 + 3, 16, 5};
+              before.k = {k.data(), 20000, 48, heads_kv * 48};
+              before.v = {v.data(), 21000, 2000, 32};
+              before.o = {o.data(), heads * 24, 24, 1000};
+              before.lse = {lse.data(), heads, 1};
+              before.sizes = {2, heads, heads_kv, 1, seqlen_k, 16, 24};
+              before.mask_spec = {left, right, top_left};
+              AttentionParams p = before;
+              const IntervalMask mask = before.mask(0);
+              const bool sees_keys = mask.begin(0) < mask.end(0);
+              ASSERT_EQ(cuda::pack_groups(&p, 2), group > 1 && sees_keys);
+              if (!(group > 1 && sees_keys)) {
+                EXPECT_EQ(p.q.stride_h, before.q.stride_h);
+                EXPECT_EQ(p.sizes.heads, heads);
+                EXPECT_EQ(p.sizes.seqlen_k, seqlen_k);
+                continue;
+              }
+              ++packed_calls;
+              ASSERT_EQ(p.sizes.seqlen_q, group);
+              ASSERT_EQ(p.sizes.heads, heads_kv);
+              ASSERT_EQ(p.sizes.heads_per_kv(), 1);
+              ASSERT_EQ(p.sizes.seqlen_k, mask.end(0) - mask.begin(0));
+              EXPECT_TRUE(p.mask(0).tile_is_full(0, group, 0, p.sizes.seqlen_k));
+              for (int b = 0; b < 2; ++b)
+                for (int h = 0; h < heads; ++h) {
+                  EXPECT_EQ(p.q.row<uint16_t>(b, h / group, h % group), before.q.row<uint16_t>(b, h, 0));
+                  EXPECT_EQ(p.o.row<uint16_t>(b, h / group, h % group), before.o.row<uint16_t>(b, h, 0));
+                  EXPECT_EQ(p.lse.row<float>(b, h / group, h % group), before.lse.row<float>(b, h));
+                  for (const int key : {0, p.sizes.seqlen_k - 1}) {
+                    const int kv = before.sizes.kv_head(h), was = key + mask.begin(0);
+                    EXPECT_EQ(p.k.row<uint16_t>(b, kv, key), before.k.row<uint16_t>(b, kv, was));
+                    EXPECT_EQ(p.v.row<uint16_t>(b, kv, key), before.v.row<uint16_t>(b, kv, was));
+                  }
+                }
+            }
+  EXPECT_GT(packed_calls, 100);
+}
+
+TEST(PackGroups, SeveralRowsStayAsTheyAre) {
+  AttentionParams p;
+  p.sizes = {1, 4, 2, 2, 8, 16, 16};
+  EXPECT_FALSE(cuda::pack_groups(&p, 2));
+  EXPECT_EQ(p.sizes.heads, 4);
 }
 
 }  // namespace
