@@ -387,7 +387,17 @@ def test_ten_backwards_have_the_same_bits(head_dim: int, hopper: None, poisoned:
     """In turn without being asked; asked for it, always. And the other way comes to the same but for rounding."""
     groups = Case(1111, 2000, head_dim, batch=1, heads=16, heads_kv=4, dtype="bfloat16")
     long = replace(groups, seqlen_q=6000, seqlen_k=6000, batch=2, heads_kv=16, causal=True)
-    asked = (groups, long, *many(head_dim, "float16").values(), *few(head_dim, "bfloat16").values())
+    # In turn from the first key tile on, where query tiles are many; and four heads side by side.
+    ascending = replace(long, seqlen_q=15900, seqlen_k=16000, batch=1, heads=18, heads_kv=18)
+    side_by_side = replace(ascending, heads=9, heads_kv=9, causal=False)
+    asked = (
+        groups,
+        long,
+        ascending,
+        side_by_side,
+        *many(head_dim, "float16").values(),
+        *few(head_dim, "bfloat16").values(),
+    )
     for case, deterministic in [(c, False) for c in enough(head_dim).values()] + [(c, True) for c in asked]:
         x = harness.inputs_of(case, "cuda")
         options = (case.scale, *harness.operator_window(case), case.causal_align == "top-left")

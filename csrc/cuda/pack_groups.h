@@ -17,8 +17,7 @@ inline bool pack_groups(AttentionParams* p, int element_bytes) {
   const Range seen = mask.keys_of_rows(0, 1);
   if (seen.empty()) return false;
   for (TensorRef* t : {&p->k, &p->v})
-    if (t->data != nullptr)
-      t->data = static_cast<char*>(t->data) + int64_t{seen.begin} * t->stride_s * element_bytes;
+    if (t->data != nullptr) t->data = static_cast<char*>(t->data) + int64_t{seen.begin} * t->stride_s * element_bytes;
   const int group = z.heads_per_kv();
   for (TensorRef* t : {&p->q, &p->o}) {
     t->stride_s = t->stride_h;

@@ -90,11 +90,12 @@ cudaError_t launch_dependent(void (*kernel)(Parameters...), int64_t ctas, int th
   return cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
 }
 
-// The same for code that every architecture runs. On 9.x it is the code compiled for 9.0, which waits. Code for 8.0, and what the
-// driver makes of its PTX, does not: there the launch is a plain one. (So CUDA_FORCE_PTX_JIT, a debugging aid of the driver, is
-// nothing for 9.x; it would not find the kernels for Hopper either.)
+// Whether code that every architecture runs has the instruction on this one. On 9.x it is the code compiled for 9.0, which has;
+// code for 8.0, and what the driver makes of its PTX, has not. (So CUDA_FORCE_PTX_JIT, a debugging aid of the driver, is nothing
+// for 9.x; it would not find the kernels for Hopper either.)
 inline bool waits_by_itself(int compute_capability) { return has_hopper_code() && compute_capability / 10 == 9; }
 
+// A dependent launch where `dependent`, as waits_by_itself() says it may be; else a plain one.
 template <typename... Parameters, typename... Arguments>
 cudaError_t launch(bool dependent, void (*kernel)(Parameters...), int64_t ctas, int threads, int shared_bytes,
                    cudaStream_t stream, Arguments&&... arguments) {

@@ -15,12 +15,14 @@ struct SplitPlan {
   int tiles;  // key tiles of each
 };
 inline SplitPlan plan_splits(const ForwardTile& t, const Sizes& z, int sm_count) {
-  constexpr int64_t kLeastKeys = 2048, kLeastKeysEach = 512;
+  constexpr int kFewRows = 64;  // as when a model writes token after token: nothing else is under way
+  const bool few_rows = z.seqlen_q <= kFewRows;
+  const int64_t least_keys = few_rows ? 1024 : 2048, least_keys_each = few_rows && z.seqlen_k <= 4096 ? 256 : 512;
   const int64_t row_tiles = cuda::ceil_div(z.seqlen_q, t.tile_m()) * z.heads, slots = int64_t{sm_count} * t.ctas_per_sm;
   const int64_t key_tiles = cuda::ceil_div(z.seqlen_k, t.tile_n);
-  if (2 * row_tiles > slots || z.seqlen_k < kLeastKeys) return {1, static_cast<int>(key_tiles)};
+  if (2 * row_tiles > slots || z.seqlen_k < least_keys) return {1, static_cast<int>(key_tiles)};
   int64_t splits = slots / row_tiles;
-  if (splits > z.seqlen_k / kLeastKeysEach) splits = z.seqlen_k / kLeastKeysEach;
+  if (splits > z.seqlen_k / least_keys_each) splits = z.seqlen_k / least_keys_each;
   if (splits > cuda::kMaxSplits) splits = cuda::kMaxSplits;
   const int64_t each = cuda::ceil_div(key_tiles, splits);
   return {static_cast<int>(cuda::ceil_div(key_tiles, each)), static_cast<int>(each)};

@@ -327,8 +327,8 @@ struct Backward {
     FAE_DEVICE bool begin_turn(const Dq& dq, const Owed& owed, const Ring<kStages>& then) const {
       shared.dq_turns.wait(then);
       const Place place = shared.place[kv_at.stage];
-      if (owed.m >= place.last_from) return false;
-      if (owed.m < place.first_until)
+      if (place.is_last(owed.m, launch.flip)) return false;
+      if (place.is_first(owed.m, launch.flip))
         sums().put(dq, address_of(owed));
       else
         sums().add(dq, address_of(owed));
@@ -340,7 +340,7 @@ struct Backward {
       if (lane == 0) shared.dq_turns.done(then.stage);
     }
     FAE_DEVICE void finish_turn(Dq& dq, const Owed& owed, const Ring<kStages>& then) const {
-      sums().finish(dq, address_of(owed), owed.h, owed.m, owed.m < shared.place[kv_at.stage].first_until);
+      sums().finish(dq, address_of(owed), owed.h, owed.m, shared.place[kv_at.stage].is_first(owed.m, launch.flip));
       end_turn(then);
     }
 

@@ -1,7 +1,7 @@
 // Whose turn it is to add to dQ, so that the sum has the same bits in every run.
 //
-// The key tiles that a query tile sees add to its dQ one after the other, from the last to the first. The first to come
-// stores, so that nothing has to be cleared, and the last converts. A word in global memory per query tile names the one that
+// The key tiles that a query tile sees add to its dQ one after the other, from the last to the first or from the first to the
+// last. The first to come stores, so that nothing has to be cleared, and the last converts. A word in global memory per query tile names the one that
 // came last: its index + 1, and 0 is nobody. Two threads of a CTA look after it, so that the warpgroups wait for nothing but
 // barriers of their own CTA:
 //
@@ -31,10 +31,14 @@ struct KeyTile {  // what a CTA works on; n = -1: there are no more
   Range tiles;  // of queries: of this split
 };
 
-// Of a key tile among those that add to dQ in turn.
+// Of a key tile among those that add to dQ in turn. If the first one adds first, query tiles are counted downwards here, as ~m:
+// then what holds of the last key tile adding first holds of it.
 struct Place {
   int first_until;  // for query tiles before this one it is the first, nothing is there yet
   int last_from;    // for query tiles from this one on it is the last, and dQ complete
+
+  FAE_DEVICE bool is_first(int m, int flip) const { return (m ^ flip) < first_until; }
+  FAE_DEVICE bool is_last(int m, int flip) const { return (m ^ flip) >= last_from; }
 };
 
 template <int kStages>
@@ -63,22 +67,23 @@ struct TurnBarriers {
   FAE_DEVICE void done(int stage) const { turn.release(stage); }
 };
 
-// For all query tiles of all key tiles: step(position, the query tile's word, n, whether it lies before end(work)).
-template <typename Kernel, typename End, typename Step>
-FAE_DEVICE void for_each_turn(typename Kernel::Shared& shared, const Sizes& z, const BackwardLaunch& launch, End end,
-                              Step step) {
+// For all query tiles of all key tiles: step(position, the query tile's word, n, whether is_first(m)), where start(work, buffer)
+// returns the key tile's place.
+template <typename Kernel, typename Start, typename Step>
+FAE_DEVICE void for_each_turn(typename Kernel::Shared& shared, const Sizes& z, const BackwardLaunch& launch,
+                              Start start, Step step) {
   Ring<Kernel::kKvBuffers> kv_at;
   Ring<Kernel::kStages> at;
   for (;; kv_at.advance()) {
     shared.kv_ring.wait_full(kv_at, "kv_full");
     const KeyTile work = shared.work[kv_at.stage];
     if (work.n < 0) break;
-    const int before = end(work, kv_at.stage);
+    const Place place = start(work, kv_at.stage);
     shared.kv_ring.release(kv_at.stage);
     int head = work.b * static_cast<int>(z.heads) + work.h_kv * z.heads_per_kv();
     for (int h = z.heads_per_kv(); h > 0; --h, ++head) {
       for (int m = work.tiles.begin; m < work.tiles.end; ++m) {
-        step(at, launch.turns + int64_t{head} * launch.m_tiles + m, work.n, m < before);
+        step(at, launch.turns + int64_t{head} * launch.m_tiles + m, work.n, place.is_first(m, launch.flip));
         at.advance();
       }
     }
@@ -96,13 +101,15 @@ FAE_DEVICE void await_turns(typename Kernel::Shared& shared, const BackwardParam
         const int key = work.n * kN;
         const IntervalMask mask = p.fwd.mask(work.b);
         const Range later = query_tiles<kM>(mask, key + kN, key + 2 * kN);
-        const int first_until = later.empty() ? work.tiles.end : later.begin;
-        const int last_from = key == 0 ? 0 : query_tiles<kM>(mask, key - kN, key).end;
-        shared.place[stage] = {first_until, last_from};
-        return first_until;
+        const int next_sees_from = later.empty() ? work.tiles.end : later.begin;
+        const int previous_sees_until = key == 0 ? 0 : query_tiles<kM>(mask, key - kN, key).end;
+        const Place place = launch.flip == 0 ? Place{next_sees_from, previous_sees_until}
+                                             : Place{1 + ~previous_sees_until, 1 + ~next_sees_from};
+        shared.place[stage] = place;
+        return place;
       },
       [&](const Ring<Kernel::kStages>& at, const int* word, int n, bool first) {
-        shared.dq_turns.await(at, word, first ? kNobody : n + 1);
+        shared.dq_turns.await(at, word, first ? kNobody : launch.flip == 0 ? n + 1 : n - 1);
       });
 }
 
@@ -110,7 +117,7 @@ FAE_DEVICE void await_turns(typename Kernel::Shared& shared, const BackwardParam
 template <typename Kernel>
 FAE_DEVICE void pass_turns_on(typename Kernel::Shared& shared, const BackwardParams& p, const BackwardLaunch& launch) {
   for_each_turn<Kernel>(
-      shared, p.fwd.sizes, launch, [](const KeyTile&, int) { return 0; },
+      shared, p.fwd.sizes, launch, [](const KeyTile&, int) { return Place{}; },
       [&](const Ring<Kernel::kStages>& at, int* word, int n, bool) { shared.dq_turns.pass_on(at, word, n); });
 }
 

@@ -106,13 +106,33 @@ inline SectionBytes section_bytes(const BackwardParams& p, int64_t tokens) {
   return is_causal(p) ? unequal_tiles((tokens <= kShort ? 32 : 64) << 20) : kEqualTiles;
 }
 
-inline TileOrder key_tile_order(const BackwardParams& p, int tile_n, DqSum sum, int splits) {
+// In turn, key tiles are drawn and add in one order. From the last one on, a tile of a causal mask is behind the one before it
+// of itself; but the long ones come last, and the GPU empties. From the first one on it has to wait for some query tiles, which
+// costs less where there are many, and heads enough side by side.
+constexpr int kHeadsAscending = 16, kQueryTilesPerCta = 15;
+inline bool ascends(const cuda::Call& call, int tile_m) {
+  const Sizes& z = call.p.fwd.sizes;
+  const int64_t heads = z.batch * z.heads_kv, side_by_side = heads < kHeadsAscending ? heads : kHeadsAscending;
+  return are_unequal(call.p) && key_tiles(z) >= int64_t{kEnoughTilesPerCta} * call.device.sm_count &&
+         side_by_side * cuda::ceil_div(z.seqlen_q, tile_m) >= int64_t{kQueryTilesPerCta} * call.device.sm_count;
+}
+
+// Tiles of one head wait for each other, the less the more heads share the GPU: four at least where all are equally long.
+constexpr int kHeadsInTurn = 4;
+inline SectionBytes sections_in_turn(const BackwardParams& p, int64_t head_bytes, bool ascending) {
+  if (ascending) return {kHeadsAscending * head_bytes, 0};
+  if (!is_causal(p) && 2 * head_bytes > kTilesInTurn.each) return {kHeadsInTurn * head_bytes, 0};
+  return kTilesInTurn;
+}
+
+inline TileOrder key_tile_order(const BackwardParams& p, int tile_n, DqSum sum, int splits, bool ascending = false) {
   const Sizes& z = p.fwd.sizes;
   const bool in_turn = sum == DqSum::kInTurn;
   // Of the query heads that share K and V, which a CTA walks one after the other, half: CTAs are not in step.
   const int64_t bytes = int64_t{4} * z.seqlen_q * z.head_dim * (z.heads_per_kv() + 1);
-  return make_tile_order(cuda::ceil_div(z.seqlen_k, tile_n), z.batch * z.heads_kv, 1, bytes, splits, in_turn,
-                         in_turn ? kTilesInTurn : section_bytes(p, z.seqlen_q));
+  return make_tile_order(cuda::ceil_div(z.seqlen_k, tile_n), z.batch * z.heads_kv, 1, bytes, splits,
+                         in_turn && !ascending,
+                         in_turn ? sections_in_turn(p, bytes, ascending) : section_bytes(p, z.seqlen_q));
 }
 
 inline TileOrder query_tile_order(const BackwardParams& p, int tile_m) {
@@ -225,7 +245,9 @@ cudaError_t launch_backward_v2(const cuda::Call& call, void* workspace, cudaStre
   BackwardLaunch launch{};
   cudaError_t error = fill_launch<T>(&launch, p, kTile.tile_m, kBackwardKeys);
   if (error != cudaSuccess) return error;
-  launch.order = key_tile_order(p, kBackwardKeys, sum, splits);
+  const bool ascending = ascends(call, kTile.tile_m);
+  launch.order = key_tile_order(p, kBackwardKeys, sum, splits, ascending);
+  launch.flip = ascending ? -1 : 0;
   launch.m_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_q, kTile.tile_m));
   launch.stats = space.stats;
   launch.dq = space.dq;
