@@ -33,10 +33,17 @@ def cells(name: str) -> list[Cell]:
     return list(_record.by_cell(_record.load(RESULTS / name)["rows"]).values())
 
 
-def grid(direction: str) -> dict[tuple[int, bool, int], Cell]:
+Grid = dict[tuple[int, bool, int], Cell]
+
+
+def grid_of(name: str) -> Grid:
     """(head_dim, causal, seqlen): what each implementation made of it."""
     keys = ("head_dim", "causal", "seqlen_q")
-    return {tuple(cell[OURS][key] for key in keys): cell for cell in cells(f"bench_h100_{direction}_cuda.json")}
+    return {tuple(cell[OURS][key] for key in keys): cell for cell in cells(name)}
+
+
+def grid(direction: str) -> Grid:
+    return grid_of(f"bench_h100_{direction}_cuda.json")
 
 
 def over(cell: Cell, *peers: str) -> float | None:
@@ -54,8 +61,7 @@ def length(n: int) -> str:
     return f"{n // 1024}k" if n >= 1024 else str(n)
 
 
-def by_length(direction: str, text: Callable[[Cell], str], label: str = "") -> list[list[str]]:
-    found = grid(direction)
+def by_length(found: Grid, text: Callable[[Cell], str], label: str = "") -> list[list[str]]:
     return [
         [f"{label}D{d} {'causal' if causal else 'full'}", *(text(found[d, causal, n]) for n in LENGTHS)]
         for d in (64, 128, 256)
@@ -69,7 +75,7 @@ def h100() -> str:
     def text(cell: Cell) -> str:
         return f"{cell[OURS]['tflops']:.0f}, {times(over(cell, 'cudnn'))}, {times(over(cell, *PEERS))}"
 
-    rows = [*by_length("fwd", text, "forward "), *by_length("bwd", text, "backward ")]
+    rows = [*by_length(grid("fwd"), text, "forward "), *by_length(grid("bwd"), text, "backward ")]
     return markdown(["sequence", *map(length, LENGTHS)], rows)
 
 
@@ -89,6 +95,50 @@ def beyond() -> str:
 
     lines = [[name(*key), text["fwd"], text["bwd"]] for key, text in rows.items()]
     return markdown(["", "forward", "backward"], lines)
+
+
+def decode() -> str:
+    """Microseconds a call, bytes of K and V over them, and the multiples of the peers' speed."""
+    lines = []
+    for cell in cells("bench_decode_cuda.json"):
+        ours = cell[OURS]
+        elements = 2 * ours["batch"] * ours["heads_kv"] * ours["seqlen_k"] * ours["head_dim"]
+        name = (
+            f"batch {ours['batch']}, {length(ours['seqlen_k'])} keys, {ours['heads']} heads, {ours['heads_kv']} of keys"
+        )
+        ratios = (times(over(cell, peer)) for peer in ("cudnn", "fa2"))
+        lines.append([name, f"{ours['ms'] * 1e3:.1f}", f"{2 * elements / ours['ms'] / 1e9:.2f}", *ratios])
+    return markdown(["", "us", "TB/s", "over cuDNN", "over FlashAttention-2"], lines)
+
+
+def fp32() -> str:
+    """TFLOP/s and the multiple of the speed of PyTorch's memory-efficient attention."""
+    columns = [(direction, causal) for direction in ("fwd", "bwd") for causal in (False, True)]
+    rows: dict[tuple[int, int], dict[tuple[str, bool], str]] = {}
+    for cell in cells("bench_fp32_cuda.json"):
+        ours = cell[OURS]
+        text = f"{ours['tflops']:.0f}, {times(over(cell, 'efficient'))}"
+        rows.setdefault((ours["head_dim"], ours["seqlen_q"]), {})[ours["direction"], ours["causal"]] = text
+    lines = [[f"S {length(n)} D{d}", *(by[column] for column in columns)] for (d, n), by in rows.items()]
+    return markdown(["", "forward full", "forward causal", "backward full", "backward causal"], lines)
+
+
+def sm80() -> str:
+    """TFLOP/s and the multiple of FlashAttention-2's speed."""
+    lines = []
+    for direction, label in (("fwd", "forward "), ("bwd", "backward ")):
+        found = grid_of(f"bench_sm80_{direction}_cuda.json")
+        lines += by_length(found, lambda cell: f"{cell[OURS]['tflops']:.0f}, {times(over(cell, 'fa2'))}", label)
+    return markdown(["sequence", *map(length, LENGTHS)], lines)
+
+
+def deterministic() -> str:
+    """TFLOP/s, and the multiple of FlashAttention-4's, which is deterministic as well."""
+    found = grid_of("bench_h100_deterministic_cuda.json")
+    return markdown(
+        ["", *map(length, LENGTHS)],
+        by_length(found, lambda cell: f"{cell[OURS]['tflops']:.0f}, {times(over(cell, 'fa4'))}"),
+    )
 
 
 def train_step() -> str:
@@ -112,15 +162,19 @@ def detail(direction: str) -> str:
         use = ours["tflops"] / (SMS * TENSOR_FLOP_PER_CLOCK_AND_SM / 1e6 * ours["clock_mhz"])
         return f"{ours['tflops']:.0f}; {', '.join(ratios)}; {ours['power_w']:.0f} W, {100 * use:.0f} %"
 
-    return markdown(["", *map(length, LENGTHS)], by_length(direction, text))
+    return markdown(["", *map(length, LENGTHS)], by_length(grid(direction), text))
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "h100": ("README.md", h100),
     "beyond": ("README.md", beyond),
+    "decode": ("README.md", decode),
     "train-step": ("README.md", train_step),
+    "fp32": ("README.md", fp32),
+    "sm80": ("docs/kernels/sm80.md", sm80),
     "grid-forward": ("docs/kernels/sm90-forward.md", lambda: detail("fwd")),
     "grid-backward": ("docs/kernels/sm90-backward.md", lambda: detail("bwd")),
+    "grid-deterministic": ("docs/kernels/sm90-backward.md", deterministic),
 }
 
 

@@ -239,7 +239,7 @@ def test_keys_are_split_where_rows_are_few() -> None:
 @pytest.mark.parametrize("top_left", [False, True], ids=["bottom-right", "top-left"])
 @pytest.mark.parametrize("left, right", [(-1, -1), (-1, 0), (700, -1), (2500, 900), (0, 0)])
 def test_one_row_a_head_is_one_head_of_rows(left: int, right: int, top_left: bool, dtype: str) -> None:
-    """The heads of a group run as the rows of one head, over the keys that the one position sees: bit by bit the same."""
+    """The heads of a group run as the rows of one head, over the keys that their position sees: the same bits."""
     case = Case(1, 6000, 128, batch=2, heads=15, heads_kv=3, dtype=dtype, head_dim_v=72)
     q, k, v = tensors(case)
     position = 0 if top_left else case.seqlen_k - 1

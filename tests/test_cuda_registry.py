@@ -158,6 +158,16 @@ def test_short_problems_on_hopper() -> None:
     assert {kernels[65, 1], kernels[4096, 1], kernels[64, 64]} == {"sm90_fwd_d128"}
 
 
+def test_one_row_of_grouped_heads_is_planned_as_rows_of_one() -> None:
+    """Kernel, tile and workspace are those of the group's heads as rows, over the keys in sight."""
+    heads_apart = {"batch": 2, "seqlen_q": 1, "heads": 32, "heads_kv": 8}
+    for row in (row for row in ROWS if (row["pass"], row["version"]) == ("fwd", 2)):
+        for left, right, keys in ((-1, -1, 20_000), (4999, 0, 5000)):
+            apart = plan(row, "H100", 64, **heads_apart, seqlen_k=20_000, window_left=left, window_right=right)
+            assert apart == plan(row, "H100", 64, batch=2, seqlen_q=4, heads=8, heads_kv=8, seqlen_k=keys)
+            assert apart["workspace_bytes"] > 0
+
+
 def test_hopper_kernels_are_for_hopper_alone() -> None:
     """Code for compute capability 9.0a runs on 9.x alone; the smallest padded head dimension counts there."""
     for row in ROWS:
