@@ -295,7 +295,8 @@ def way(case: Case, deterministic: bool) -> tuple[str, int]:
     rows, d = plan["tile"][0], ROW_OF[case.head_dim]
     tiles = case.batch * case.heads * -(-case.seqlen_q // rows)
     keys = case.batch * case.heads_kv * -(-case.seqlen_k // 128) * 128
-    stats, dq, turns = 256 + aligned(tiles * rows * 8), aligned(tiles * rows * d * 4), aligned(tiles * 4)
+    stats = 256 + aligned(tiles * 4) + aligned(tiles * rows * 8)  # counters, words, lse and delta
+    dq, turns = aligned(tiles * rows * d * 4), aligned(tiles * 4)
     for name, bytes_ in {"apart": stats, "any order": stats + dq, "in turn": stats + dq + turns}.items():
         for splits in (1, 2, 4, 8):
             if plan["workspace_bytes"] == bytes_ + (splits > 1) * 2 * splits * keys * d * 4:
@@ -331,13 +332,17 @@ def few(head_dim: int, dtype: str) -> dict[str, Case]:
     }
 
 
-def enough(head_dim: int) -> dict[str, Case]:
-    """Eight key tiles and more for each SM: in turn without being asked."""
+def enough(head_dim: int) -> dict[tuple[str, str, str], Case]:
+    """Eight key tiles and more for each SM: the way to dQ, the way if deterministic, what it is."""
     causal = Case(2048, 2048, head_dim, batch=5, heads=16, heads_kv=16, dtype="bfloat16", causal=True)
+    few = "in turn" if ROW_OF[head_dim] <= 80 else "apart"  # keys of a row
     return {
-        "causal": causal,
-        "full": replace(causal, seqlen_q=1111, seqlen_k=2000, causal=False),
-        "window": replace(causal, seqlen_q=3000, seqlen_k=2000, causal=False, window=(300, 100)),
+        (few if few == "in turn" else "any order", few, "causal"): causal,
+        ("any order", "in turn", "full"): replace(causal, seqlen_q=1111, seqlen_k=2000, causal=False),
+        (few, few, "window"): replace(causal, seqlen_q=3000, seqlen_k=2000, causal=False, window=(300, 100)),
+        ("any order", "in turn", "rows that see no key"): replace(
+            causal, seqlen_q=3000, seqlen_k=2000, causal=False, window=(200, None), causal_align="top-left"
+        ),
     }
 
 
@@ -356,8 +361,8 @@ def test_the_cases_take_these_ways(head_dim: int) -> None:
     for what, case in few(head_dim, "bfloat16").items():
         usual, deterministic = way(case, False), way(case, True)
         assert (usual[0], deterministic[0]) == ("any order", "apart") and min(usual[1], deterministic[1]) > 1, what
-    for what, case in enough(head_dim).items():
-        assert way(case, False) == way(case, True) == ("in turn", 1), what
+    for (usual, deterministic, what), case in enough(head_dim).items():
+        assert (way(case, False), way(case, True)) == ((usual, 1), (deterministic, 1)), what
 
 
 @pytest.mark.gpu
@@ -384,7 +389,7 @@ def test_few_key_tiles_share_their_queries(head_dim: int, dtype: str, hopper: No
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", sorted(set(ROW_OF.values())))
 def test_ten_backwards_have_the_same_bits(head_dim: int, hopper: None, poisoned: None) -> None:
-    """In turn without being asked; asked for it, always. And the other way comes to the same but for rounding."""
+    """In turn and apart without being asked; asked for it, always. And the other way comes to the same but for rounding."""
     groups = Case(1111, 2000, head_dim, batch=1, heads=16, heads_kv=4, dtype="bfloat16")
     long = replace(groups, seqlen_q=6000, seqlen_k=6000, batch=2, heads_kv=16, causal=True)
     # In turn from the first key tile on, where query tiles are many; and four heads side by side.
@@ -398,7 +403,8 @@ def test_ten_backwards_have_the_same_bits(head_dim: int, hopper: None, poisoned:
         *many(head_dim, "float16").values(),
         *few(head_dim, "bfloat16").values(),
     )
-    for case, deterministic in [(c, False) for c in enough(head_dim).values()] + [(c, True) for c in asked]:
+    unasked = [(case, usual == "any order") for (usual, _, _), case in enough(head_dim).items()]
+    for case, deterministic in [*unasked, *((case, True) for case in asked)]:
         x = harness.inputs_of(case, "cuda")
         options = (case.scale, *harness.operator_window(case), case.causal_align == "top-left")
         out, lse = ops.fwd(x.q, x.k, x.v, *options)

@@ -267,12 +267,17 @@ int main(int argc, char** argv) {
     if (many) problems.push_back(stream);
     for (const Problem& p : problems) failed += !run(e, device, p, times);
     if (hopper && e.pass == cuda::Pass::kBackward) {
-      // dQ comes together in one of three ways, which the number of key tiles for each CTA decides: eight and in turn, from
-      // the first key tile on where query tiles are many; three in any order, or apart where rows see few keys.
+      // dQ comes together in one of three ways, and the rows' statistics in one of two: by the number of key tiles for each CTA,
+      // by the keys that a row sees, and whether it has to be deterministic.
       cuda::Device small = device;
       small.sm_count = 2;
       failed += !run(e, small, {{1, 4, 4, 500, 510, most, most}, causal, e.dtype, false}, times);
       failed += !run(e, small, {{1, 4, 4, 500, 510, most, most}, MaskSpec{}, e.dtype, false}, times);
+      failed += !run(e, small, {{1, 4, 4, 500, 800, most, most}, MaskSpec{}, e.dtype, false}, times);
+      if (most <= 128) {  // in turn from the first key tile on
+        small.sm_count = 1;
+        failed += !run(e, small, {{1, 1, 1, 2600, 2600, most, most}, causal, e.dtype, false}, times);
+      }
       small.sm_count = 8;
       failed += !run(e, small, {{1, 16, 16, 250, 510, most, most}, causal, e.dtype, false}, times);
       small.sm_count = 4;

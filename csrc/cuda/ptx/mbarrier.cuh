@@ -39,6 +39,10 @@ FAE_DEVICE void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
   debug_delay(barrier);
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
+// Adds only the bytes. The phase lasts until an arrival comes as well, whenever the bytes do.
+FAE_DEVICE void mbarrier_expect_tx(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
 FAE_DEVICE bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile(

@@ -38,5 +38,7 @@ FAE_DEVICE void cp_async_bulk_wait_group_read() {
 FAE_DEVICE void prefetch_tensormap(const void* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
 // Ordinary writes of this thread to shared memory become visible to the copy engine and the tensor cores.
 FAE_DEVICE void fence_proxy_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same of global memory; of other threads' writes too, once this one has acquired them.
+FAE_DEVICE void fence_proxy_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 }  // namespace fae::ptx

@@ -24,6 +24,7 @@
 #include "../tile/wgmma_tile.cuh"
 #include "config.h"
 #include "pipeline.cuh"
+#include "row_statistics.cuh"
 #include "steps.cuh"
 #include "tensor_map.h"
 #include "tile_order.h"
@@ -37,6 +38,7 @@ struct DkvLaunch {
   int m_tiles;         // query tiles of a head
   const float* stats;  // [batch * heads][m_tiles][lse in base 2, delta][tile_m]
   int* next_tile;      // counter from which CTAs draw key tiles, 0 at the start
+  StatisticsLaunch statistics;
 };
 
 template <typename T, int kRow>
@@ -48,6 +50,7 @@ struct BackwardDkv {
   using Scores = float[kM / 8][4];
   using Packed = uint32_t[kM / 16][4];  // A fragments
   using Gradient = float[kD / 8][4];
+  using Statistics = RowStatistics<T, kM, kD>;
 
   struct Work {  // a key tile; -1: there are no more
     int n;
@@ -59,14 +62,16 @@ struct BackwardDkv {
     uint8_t v[1][kTile.kv_bytes()];
     uint8_t q[kStages][kTile.q_bytes()];
     uint8_t dout[kStages][kTile.q_bytes()];
+    typename Statistics::Pieces rows;          // of O and dO
     uint4 p[kPStages][kM / 16][kWarpgroup];    // as the threads hold it
     alignas(16) float stats[kStages][2 * kM];  // lse in base 2, delta
     RingBarriers<1> k_ring, v_ring;
     RingBarriers<kStages> q_ring;  // of dO and the statistics as well
     RingBarriers<kPStages> p_ring;
+    typename Statistics::State statistics;
     Work work_k, work_v;  // beside k and v: the same barriers
   };
-  static_assert(sizeof(Shared) + tile::kPanelAlignment <= kTile.shared_bytes());
+  static_assert(sizeof(Shared) <= kTile.shared_bytes());
 
   FAE_DEVICE static void produce(Shared& shared, const BackwardParams& p, const DkvLaunch& launch) {
     Ring<1> kv_at;
@@ -87,15 +92,14 @@ struct BackwardDkv {
       load_panels<kPanels, kN>(shared.v[0], &launch.v, shared.v_ring.full_address(0), n * kN, h_kv, b);
       kv_at.advance();
       for (int h = h_kv * group; h < (h_kv + 1) * group; ++h) {
-        const float* stats = launch.stats + (int64_t{b} * z.heads + h) * launch.m_tiles * (2 * kM);
+        const int head = (b * z.heads + h) * launch.m_tiles;
         for (int m = tiles.begin; m < tiles.end; ++m) {
           shared.q_ring.wait_empty(q_at, "q_empty");
           const uint32_t full = shared.q_ring.full_address(q_at.stage);
-          ptx::mbarrier_arrive_expect_tx(full, 2 * kTile.q_bytes() + 2 * kM * sizeof(float));
+          ptx::mbarrier_expect_tx(full, 2 * kTile.q_bytes() + 2 * kM * sizeof(float));
           load_panels<kPanels, kM>(shared.q[q_at.stage], &launch.q, full, m * kM, h, b);
           load_panels<kPanels, kM>(shared.dout[q_at.stage], &launch.dout, full, m * kM, h, b);
-          ptx::cp_async_bulk_load(ptx::shared_address(shared.stats[q_at.stage]), stats + int64_t{m} * (2 * kM),
-                                  2 * kM * sizeof(float), full);
+          load_statistics<kM>(shared.stats[q_at.stage], full, launch, head + m);
           q_at.advance();
         }
       }
@@ -238,6 +242,7 @@ struct BackwardDkv {
     shared.v_ring.init(kWarps);
     shared.q_ring.init(2 * kWarps);
     shared.p_ring.init(kWarps, kWarps);
+    shared.statistics.init();
     ptx::fence_mbarrier_init();
   }
 };
@@ -247,24 +252,20 @@ __global__ void __launch_bounds__(DkvTile::kThreads, 1)
     backward_dkv_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ DkvLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Kernel = BackwardDkv<T, kRow>;
-  extern __shared__ uint8_t bytes[];
-  const uint32_t misaligned = ptx::shared_address(bytes) % tile::kPanelAlignment;
-  auto& shared =
-      *reinterpret_cast<typename Kernel::Shared*>(bytes + (misaligned == 0 ? 0 : tile::kPanelAlignment - misaligned));
+  auto& shared = aligned_shared<typename Kernel::Shared>();
   if (threadIdx.x == 0) {
-    ptx::prefetch_tensormap(&launch.q);
-    ptx::prefetch_tensormap(&launch.k);
-    ptx::prefetch_tensormap(&launch.v);
-    ptx::prefetch_tensormap(&launch.dout);
+    for (const auto* map : {&launch.q, &launch.k, &launch.v, &launch.dout}) ptx::prefetch_tensormap(map);
     Kernel::init(shared);
   }
   __syncthreads();
   // Broadcast, so that the compiler knows the branches below to be uniform.
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0), warpgroup = warp / 4;
   const int lane = static_cast<int>(threadIdx.x % 32);
+  if (warpgroup != 2) Kernel::Statistics::run_first(p, launch.statistics, lane);
   if (warpgroup == 2) {
     ptx::setmaxnreg_dec<DkvTile::kProducerRegisters>();
     if (warp % 4 == 0 && ptx::elect_one()) Kernel::produce(shared, p, launch);
+    if (warp % 4 == 3) Kernel::Statistics::run(shared.statistics, shared.rows, p, launch.statistics, lane);
   } else if (warpgroup == 1) {
     ptx::setmaxnreg_inc<DkvTile::kConsumerRegisters>();
     typename Kernel::template Consumer<false>{shared, p, launch, warp % 4, lane}.run();

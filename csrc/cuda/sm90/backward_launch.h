@@ -1,6 +1,7 @@
 // What the backward up to a head dimension of 128 gets from its launch beside the call.
 #pragma once
 
+#include "row_statistics.cuh"
 #include "tensor_map.h"
 #include "tile_order.h"
 
@@ -20,6 +21,7 @@ struct BackwardLaunch {
   // is left here: [dK, dV][split][batch * heads_kv][n_tiles][16-row slab][8-column tile][128]; nullptr: one CTA has all.
   float* partials;
   int log2_splits;
+  StatisticsLaunch statistics;
   int n_tiles;  // key tiles of a head
 };
 

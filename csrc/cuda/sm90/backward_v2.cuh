@@ -15,7 +15,8 @@
 //
 // dQ is summed over key tiles in global memory by fp32 reductions: in any order, into an accumulator that is cleared before
 // and converted after; or in turn (dq_turns.cuh), with the same bits in every run, where the first CTA stores and the last
-// converts. Without dQ, which another kernel then computes, the warpgroups share nothing but their inputs.
+// converts. Without dQ, which another kernel then computes, the warpgroups share nothing but their inputs. lse and delta come from
+// a kernel before, or from a warp of this one (row_statistics.cuh).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -34,7 +35,7 @@
 #include "config.h"
 #include "dq_turns.cuh"
 #include "gradient_sums.cuh"
-#include "pipeline.cuh"
+#include "row_statistics.cuh"
 #include "steps.cuh"
 
 namespace fae::sm90 {
@@ -56,22 +57,25 @@ struct Backward {
   using Packed = uint32_t[kM / 16][4];  // A fragments
   using Gradient = float[kD / 8][4];
   using Work = KeyTile;
+  using Statistics = RowStatistics<T, kM, kD>;
 
   struct Shared {
     uint8_t k[kKvBuffers][kTile.kv_bytes()];
     uint8_t v[kKvBuffers][kTile.kv_bytes()];
     uint8_t q[kStages][kTile.q_bytes()];
     uint8_t dout[kStages][kTile.q_bytes()];
+    typename Statistics::Pieces rows;          // of O and dO
     uint8_t ds[kStages][kTile.ds_bytes()];     // [panel of 64 queries][keys][64 queries]
     alignas(16) float stats[kStages][2 * kM];  // lse in base 2, delta
     RingBarriers<kKvBuffers> kv_ring;
     RingBarriers<kStages> q_ring;  // of dO and the statistics as well
     RingBarriers<kStages> ds_ring;
     TurnBarriers<kStages> dq_turns;
+    typename Statistics::State statistics;
     Work work[kKvBuffers];    // beside k and v: the same barriers
     Place place[kKvBuffers];  // in turn: known when the first turn comes
   };
-  static_assert(sizeof(Shared) + tile::kPanelAlignment <= kTile.shared_bytes());
+  static_assert(sizeof(Shared) <= kTile.shared_bytes());
 
   // ---- producer: one thread ----
 
@@ -93,15 +97,14 @@ struct Backward {
       load_panels<kPanels, kN>(shared.v[kv_at.stage], &launch.v, kv_full, n * kN, h_kv, b);
       kv_at.advance();
       for (int h = h_kv * group; h < (h_kv + 1) * group; ++h) {
-        const float* stats = launch.stats + (int64_t{b} * z.heads + h) * launch.m_tiles * (2 * kM);
+        const int head = (b * z.heads + h) * launch.m_tiles;
         for (int m = tiles.begin; m < tiles.end; ++m) {
           shared.q_ring.wait_empty(q_at, "q_empty");
           const uint32_t full = shared.q_ring.full_address(q_at.stage);
-          ptx::mbarrier_arrive_expect_tx(full, 2 * kTile.q_bytes() + 2 * kM * sizeof(float));
+          ptx::mbarrier_expect_tx(full, 2 * kTile.q_bytes() + 2 * kM * sizeof(float));
           load_panels<kPanels, kM>(shared.q[q_at.stage], &launch.q, full, m * kM, h, b);
           load_panels<kPanels, kM>(shared.dout[q_at.stage], &launch.dout, full, m * kM, h, b);
-          ptx::cp_async_bulk_load(ptx::shared_address(shared.stats[q_at.stage]), stats + int64_t{m} * (2 * kM),
-                                  2 * kM * sizeof(float), full);
+          load_statistics<kM>(shared.stats[q_at.stage], full, launch, head + m);
           q_at.advance();
         }
       }
@@ -401,6 +404,7 @@ struct Backward {
     if constexpr (kInTurn) shared.dq_turns.init(kConsumerWarps);
     shared.q_ring.init(kConsumerWarps);
     shared.ds_ring.init(kConsumerWarps, kConsumerWarps);
+    shared.statistics.init();
     ptx::fence_mbarrier_init();
   }
 };
@@ -410,21 +414,16 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
     backward_v2_kernel(const __grid_constant__ BackwardParams p, const __grid_constant__ BackwardLaunch launch) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using Kernel = Backward<T, kRow, kSum>;
-  extern __shared__ uint8_t bytes[];
-  const uint32_t misaligned = ptx::shared_address(bytes) % tile::kPanelAlignment;
-  auto& shared =
-      *reinterpret_cast<typename Kernel::Shared*>(bytes + (misaligned == 0 ? 0 : tile::kPanelAlignment - misaligned));
+  auto& shared = aligned_shared<typename Kernel::Shared>();
   if (threadIdx.x == 0) {
-    ptx::prefetch_tensormap(&launch.q);
-    ptx::prefetch_tensormap(&launch.k);
-    ptx::prefetch_tensormap(&launch.v);
-    ptx::prefetch_tensormap(&launch.dout);
+    for (const auto* map : {&launch.q, &launch.k, &launch.v, &launch.dout}) ptx::prefetch_tensormap(map);
     Kernel::init(shared);
   }
   __syncthreads();
   // Broadcast, so that the compiler knows the branches below to be uniform.
   const int warp = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32), 0), warpgroup = warp / 4;
   const int lane = static_cast<int>(threadIdx.x % 32);
+  if (warpgroup != 2) Kernel::Statistics::run_first(p, launch.statistics, lane);
   if (warpgroup == 2) {
     ptx::setmaxnreg_dec<BackwardTile::kProducerRegisters>();
     if (warp % 4 == 0 && ptx::elect_one()) Kernel::produce(shared, p, launch);
@@ -432,9 +431,10 @@ __global__ void __launch_bounds__(BackwardTile::kThreads, 1)
       if (warp % 4 == 1 && ptx::elect_one()) await_turns<Kernel>(shared, p, launch);
       if (warp % 4 == 2 && ptx::elect_one()) pass_turns_on<Kernel>(shared, p, launch);
     }
+    if (warp % 4 == 3) Kernel::Statistics::run(shared.statistics, shared.rows, p, launch.statistics, lane);
   } else {
     ptx::setmaxnreg_inc<BackwardTile::kConsumerRegisters>();
-    // The second panel may be narrow. Where it is nearly full, its last columns are computed for nothing, but by the same code.
+    // The second panel may be narrow. If nearly full, its last columns are computed for nothing, but by the same code.
     constexpr int kPanel = tile::kPanelColumns, kRest = Kernel::kD - (Kernel::kPanels - 1) * kPanel;
     if (kRest > kPanel / 2 || warpgroup == 0)
       typename Kernel::template Consumer<kPanel>{shared, p, launch, warpgroup, warp % 4, lane}.run();

@@ -81,6 +81,9 @@ enum class DqSum {
   kApart      // in a kernel of its own, over all keys, which computes the scores again: the same bits in every run
 };
 
+// Pieces of O and dO under way to their sums: row_statistics.cuh.
+constexpr int kStatisticsPieceBytes = 4096, kStatisticsStages = 4,
+              kStatisticsBytes = kStatisticsStages * kStatisticsPieceBytes;
 constexpr int kBackwardKeys = 128;  // of a key tile: two warpgroups of 64
 
 struct BackwardTile {
@@ -101,8 +104,8 @@ struct BackwardTile {
   constexpr int ds_bytes() const { return tile_m / tile::kPanelColumns * tile::panel_bytes(kBackwardKeys); }
   constexpr int stats_bytes() const { return stages * 2 * tile_m * 4; }
   constexpr int shared_bytes() const {
-    return tile::kPanelAlignment + 2 * kv_buffers * kv_bytes() + 2 * stages * q_bytes() + stages * ds_bytes() +
-           stats_bytes() + kBarrierBytes;
+    return 2 * kv_buffers * kv_bytes() + 2 * stages * q_bytes() + stages * ds_bytes() + stats_bytes() +
+           kStatisticsBytes + 8 * tile_m + kBarrierBytes;
   }
 };
 
@@ -188,8 +191,8 @@ struct DkvTile {
   constexpr int kv_bytes() const { return panels() * tile::panel_bytes(kRowsPerWarpgroup); }
   constexpr int q_bytes() const { return panels() * tile::panel_bytes(tile_m); }
   constexpr int shared_bytes() const {
-    return tile::kPanelAlignment + 2 * kv_bytes() + 2 * stages * q_bytes() + 2 * kWarpgroup * tile_m +
-           stages * 8 * tile_m + kBarrierBytes;
+    return 2 * kv_bytes() + 2 * stages * q_bytes() + 2 * kWarpgroup * tile_m + (stages + 1) * 8 * tile_m +
+           kStatisticsBytes + kBarrierBytes;
   }
 };
 

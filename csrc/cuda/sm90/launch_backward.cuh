@@ -51,28 +51,28 @@ inline int log2_query_splits(const cuda::Call& call, int tile_m) {
   return log2;
 }
 
-// In turn, the bits are the same in every run, and nothing is cleared before or converted after. With kEnoughTilesPerCta it is
-// the fastest as well, up to kMostKeysInTurn keys a row: by up to 16 % at 1,024 tokens, 6 % at 2,048; beyond, waiting for
-// turns costs up to 13 %. With fewer tiles the GPU waits for the first turns, and under a causal mask for the long key tiles,
-// which come last: 5 to 35 %. Then dQ comes apart where rows see few keys: two products more cost less than an fp32 dQ that is
-// cleared and converted. If bits must not change, it comes apart or in turn, whichever is faster.
-constexpr int kMostKeysInTurn = 2048, kMostKeysInTurnUnequal = 1536, kFewKeys = 640, kEnoughTilesPerCta = 8;
-inline DqSum dq_sum(const cuda::Call& call, int tile_m) {
+// Any order is the fastest where rows see many keys. With fewer, clearing and converting an fp32 dQ costs more than what avoids it:
+// at head dimensions over kNarrow two products more (apart), up to it waiting for turns, if there are key tiles enough that long
+// ones need not come last. If bits must not change, it is one of these two, whichever is faster. Measured: docs/kernels/sm90-backward.md.
+constexpr int kNarrow = 80, kFewKeys = 640, kFewKeysUnequal = 1280, kEnoughTilesPerCta = 8;
+inline DqSum dq_sum(const cuda::Call& call, int tile_m, int head_dim) {
   const BackwardParams& p = call.p;
   const int64_t tiles = key_tiles(p.fwd.sizes), ctas = call.device.sm_count;
-  const bool unequal = are_unequal(p), enough = tiles >= kEnoughTilesPerCta * ctas;
-  const int keys = mean_keys(p.fwd);
+  const bool unequal = are_unequal(p), enough = tiles >= kEnoughTilesPerCta * ctas, narrow = head_dim <= kNarrow;
+  const int keys = mean_keys(p.fwd), few = unequal ? kFewKeysUnequal : kFewKeys;
   if (p.deterministic) {
+    if (enough) return narrow || keys > few ? DqSum::kInTurn : DqSum::kApart;
     const bool in_turn = unequal ? tiles <= ctas && log2_query_splits(call, tile_m) == 0 : tiles > ctas;
-    return enough || in_turn ? DqSum::kInTurn : DqSum::kApart;
+    return in_turn ? DqSum::kInTurn : DqSum::kApart;
   }
-  if (enough && keys <= (unequal ? kMostKeysInTurnUnequal : kMostKeysInTurn)) return DqSum::kInTurn;
+  if (narrow && enough && keys <= few) return DqSum::kInTurn;
   return keys <= kFewKeys && tiles > ctas ? DqSum::kApart : DqSum::kAnyOrder;
 }
 
 // The workspace, in this order; `base` nullptr counts only.
 struct BackwardWorkspace {
-  int* next_tiles;  // two counters
+  int* counters;  // of key tiles drawn, of query tiles that the dQ kernel has drawn, and two of row_statistics.cuh
+  int* ready;     // see row_statistics.cuh
   float* stats;
   float* dq;        // nullptr: a kernel of its own writes it
   int* turns;       // nullptr: dQ is not added to in turn
@@ -83,7 +83,8 @@ struct BackwardWorkspace {
                                    char* base) {
     const Sizes& z = p.fwd.sizes;
     const size_t tiles = static_cast<size_t>(z.batch) * z.heads * cuda::ceil_div(z.seqlen_q, tile_m);
-    const size_t rows = tiles * tile_m, stats_at = cuda::kWorkspaceAlignment;
+    const size_t rows = tiles * tile_m, ready_at = cuda::kWorkspaceAlignment;
+    const size_t stats_at = ready_at + cuda::align_up(tiles * sizeof(int));
     const size_t dq_at = stats_at + cuda::align_up(rows * 2 * sizeof(float));
     const size_t turns_at = dq_at + cuda::align_up(rows * head_dim * sizeof(float));
     const bool has_dq = sum != DqSum::kApart, has_turns = sum == DqSum::kInTurn;
@@ -91,6 +92,7 @@ struct BackwardWorkspace {
     const size_t keys =
         static_cast<size_t>(z.batch) * z.heads_kv * cuda::ceil_div(z.seqlen_k, kBackwardKeys) * kBackwardKeys;
     return {reinterpret_cast<int*>(base),
+            reinterpret_cast<int*>(base + ready_at),
             reinterpret_cast<float*>(base + stats_at),
             has_dq ? reinterpret_cast<float*>(base + dq_at) : nullptr,
             has_turns ? reinterpret_cast<int*>(base + turns_at) : nullptr,
@@ -177,9 +179,61 @@ cudaError_t launch_delta(const BackwardParams& p, const BackwardWorkspace& space
   delta.accumulator = space.dq;
   delta.semaphores = space.turns;
   delta.unseen_dq = space.turns != nullptr;
-  delta.counters = space.next_tiles;
+  delta.counters = space.counters;
   return cuda::launch_dependent(&cuda::delta_kernel<T>, z.batch * z.heads * delta.m_tiles, cuda::kDeltaThreads, 0,
                                 stream, p, delta);
+}
+
+// Whether the kernel that walks the key tiles computes the statistics as well (row_statistics.cuh), by how many keys a row sees: a
+// query tile's statistics take one warp as long as several of its steps, so they come in time if it has many; with very many the
+// time before the kernel is nothing, and what is cleared far ahead comes back from memory.
+inline bool statistics_beside(const cuda::Call& call, DqSum sum, int head_dim) {
+  const BackwardParams& p = call.p;
+  const int dv = p.fwd.sizes.head_dim_v, keys = mean_keys(p.fwd);
+  if (!cuda::rows_are_vectors(p.dout, dv, 2) || !cuda::rows_are_vectors(p.fwd.o, dv, 2)) return false;
+  if (head_dim > 128) return keys >= 512 && keys <= 2048;
+  if (sum == DqSum::kAnyOrder) return keys >= 256 && keys <= 8192;
+  return keys >= (sum == DqSum::kInTurn && head_dim == 64 ? 256 : 768);
+}
+
+constexpr int kFirstTilesPerCta = 2;  // of queries: as many as are wanted at once
+
+// The statistics of all rows: what the kernel that is launched next has to know about them.
+template <typename T>
+cudaError_t launch_statistics(StatisticsLaunch* statistics, const cuda::Call& call, const BackwardWorkspace& space,
+                              DqSum sum, const TileOrder& key_tiles, int tile_m, int key_rows, int head_dim,
+                              cudaStream_t stream) {
+  const BackwardParams& p = call.p;
+  const Sizes& z = p.fwd.sizes;
+  if (!statistics_beside(call, sum, head_dim)) return launch_delta<T>(p, space, tile_m, head_dim, stream);
+  const int m_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_q, tile_m)), group = z.heads_per_kv();
+  const int64_t tiles = z.batch * z.heads * m_tiles;
+  const auto make_map = [&](CUtensorMap* map, const TensorRef& t) {
+    return make_tensor_map(map, t, cuda::dtype_of<T>(), z.batch, z.heads, z.seqlen_q, z.head_dim_v,
+                           statistics_rows(head_dim), statistics_columns(head_dim));
+  };
+  if (make_map(&statistics->o, p.fwd.o) != cudaSuccess || make_map(&statistics->dout, p.dout) != cudaSuccess)
+    return launch_delta<T>(p, space, tile_m, head_dim, stream);
+  // The same sections of heads. Which rows the key tiles that come first see last, they want first.
+  TileOrder& order = statistics->order;
+  order = key_tiles;
+  order.m_tiles = m_tiles;
+  order.heads *= group;
+  order.section *= group;
+  order.splits = 1;
+  order.tiles = static_cast<int>(tiles);
+  order.last_first = key_tiles.last_first && (is_causal(p) || p.fwd.mask_spec.window_left < kOpenDistance);
+  statistics->m_tiles = m_tiles;
+  statistics->counters = space.counters + 2;
+  const int64_t first = int64_t{kFirstTilesPerCta} * ctas_for(key_tiles, call);
+  statistics->first_tiles = static_cast<int>(first < tiles ? first : tiles);
+  statistics->paired = is_causal(p) && 2 * tile_m == key_rows;
+  statistics->ready = space.ready;
+  statistics->stats = space.stats;
+  statistics->accumulator = space.turns == nullptr ? space.dq : nullptr;
+  const ClearLaunch clear{space.counters, space.ready, space.turns, tiles, m_tiles, tile_m};
+  return cuda::launch_dependent(&clear_kernel<T>, cuda::ceil_div(tiles, kClearThreads), kClearThreads, 0, stream, p,
+                                clear);
 }
 
 template <typename T, int kRow>
@@ -193,7 +247,7 @@ cudaError_t launch_dq(const cuda::Call& call, const BackwardWorkspace& space, in
   launch.stats = space.stats;
   launch.stats_tiles = static_cast<int>(cuda::ceil_div(p.fwd.sizes.seqlen_q, stats_rows));
   launch.stats_rows = stats_rows;
-  launch.next_tile = space.next_tiles + 1;
+  launch.next_tile = space.counters + 1;
   constexpr auto* kKernel = &backward_dq_kernel<T, kRow>;
   if ((error = cuda::allow_shared_bytes<kKernel>(kTile.shared_bytes())) != cudaSuccess) return error;
   return cuda::launch_dependent(kKernel, ctas_for(launch.order, call), kTile.threads(), kTile.shared_bytes(), stream, p,
@@ -210,7 +264,7 @@ inline bool too_many_tiles(const Sizes& z, int tile_m, int tile_n) {
 template <int kRow>
 size_t backward_v2_workspace(const cuda::Call& call) {
   constexpr BackwardTile kTile = kBackwardTiles[kRow];
-  return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, dq_sum(call, kTile.tile_m),
+  return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, dq_sum(call, kTile.tile_m, kTile.head_dim),
                                     1 << log2_query_splits(call, kTile.tile_m), call.p, nullptr)
       .bytes;
 }
@@ -236,7 +290,7 @@ cudaError_t launch_backward_v2(const cuda::Call& call, void* workspace, cudaStre
   constexpr BackwardTile kTile = kBackwardTiles[kRow];
   const BackwardParams& p = call.p;
   const Sizes& z = p.fwd.sizes;
-  const DqSum sum = dq_sum(call, kTile.tile_m);
+  const DqSum sum = dq_sum(call, kTile.tile_m, kTile.head_dim);
   const int log2_splits = log2_query_splits(call, kTile.tile_m), splits = 1 << log2_splits;
   const BackwardWorkspace space =
       BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, sum, splits, p, static_cast<char*>(workspace));
@@ -255,8 +309,10 @@ cudaError_t launch_backward_v2(const cuda::Call& call, void* workspace, cudaStre
   launch.partials = space.partials;
   launch.log2_splits = log2_splits;
   launch.n_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_k, kBackwardKeys));
-  launch.next_tile = space.next_tiles;
-  if ((error = launch_delta<T>(p, space, kTile.tile_m, kTile.head_dim, stream)) != cudaSuccess) return error;
+  launch.next_tile = space.counters;
+  error = launch_statistics<T>(&launch.statistics, call, space, sum, launch.order, kTile.tile_m, kBackwardKeys,
+                               kTile.head_dim, stream);
+  if (error != cudaSuccess) return error;
   switch (sum) {
     case DqSum::kAnyOrder:
       error = launch_key_tiles<T, kRow, DqSum::kAnyOrder>(call, launch, stream);
@@ -304,10 +360,12 @@ cudaError_t launch_backward_split(const cuda::Call& call, void* workspace, cudaS
   launch.order = key_tile_order(p, kRowsPerWarpgroup, DqSum::kApart, 1);
   launch.m_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_q, kTile.tile_m));
   launch.stats = space.stats;
-  launch.next_tile = space.next_tiles;
+  launch.next_tile = space.counters;
   constexpr auto* kKernel = &backward_dkv_kernel<T, kRow>;
   if ((error = cuda::allow_shared_bytes<kKernel>(kTile.shared_bytes())) != cudaSuccess) return error;
-  if ((error = launch_delta<T>(p, space, kTile.tile_m, kTile.head_dim, stream)) != cudaSuccess) return error;
+  error = launch_statistics<T>(&launch.statistics, call, space, DqSum::kApart, launch.order, kTile.tile_m,
+                               kRowsPerWarpgroup, kTile.head_dim, stream);
+  if (error != cudaSuccess) return error;
   error = cuda::launch_dependent(kKernel, ctas_for(launch.order, call), DkvTile::kThreads, kTile.shared_bytes(), stream,
                                  p, launch);
   if (error != cudaSuccess) return error;

@@ -12,6 +12,17 @@ namespace fae::sm90 {
 
 constexpr int kRowsPerWarp = 16;  // of a warpgroup's 64
 
+// Dynamic shared memory as a kernel lays it out, where there is no room to align it: it is aligned, if there is no other. (The
+// superfluous step makes ptxas deal registers without spills; a plain cast does not.)
+template <typename Shared>
+FAE_DEVICE Shared& aligned_shared() {
+  extern __shared__ uint8_t bytes[];
+  const uint32_t misaligned = ptx::shared_address(bytes) % tile::kPanelAlignment;
+  auto& shared = *reinterpret_cast<Shared*>(bytes + (misaligned == 0 ? 0 : tile::kPanelAlignment - misaligned));
+  if (misaligned != 0) __trap();
+  return shared;
+}
+
 // The tiles of kN keys that rows [row, end) see.
 template <int kN>
 FAE_DEVICE Range key_tiles(const IntervalMask& mask, int row, int end) {
