@@ -50,10 +50,13 @@ demo: build ## train a small GPT on real text with naive attention and with ours
 test: build ## the test suite (ARGS="-k name" selects)
 	@$(PY) -m pytest $(ARGS)
 
+GPU_BENCH = $(PY) -m flash_attn_ext bench --device cuda --rounds 7 --sample-ms 4
+RECORDS = benchmarks/results
 gpu-check: build ## the GPU tests, then the benchmarks; their records go to benchmarks/results/
 	@$(PY) -m pytest -m gpu $(ARGS)
-	@$(PY) -m flash_attn_ext bench --device cuda --grid h100 --directions fwd,bwd --out benchmarks/results
-	@$(PY) -m flash_attn_ext bench --device cuda --grid origin --out benchmarks/results
+	@$(GPU_BENCH) --grid h100 --directions fwd --peers cudnn,fa2,fa3,fa4 --json $(RECORDS)/bench_h100_fwd_cuda.json
+	@$(GPU_BENCH) --grid h100 --directions bwd --peers cudnn,fa2,deterministic,fa4 --json $(RECORDS)/bench_h100_bwd_cuda.json
+	@$(PY) -m flash_attn_ext bench --device cuda --grid origin --rounds 9 --json $(RECORDS)/bench_origin_cuda.json
 
 gpu-races: build ## the Hopper kernels with random delays at every barrier, and with bounded waits
 	@for debug in delays barriers; do bash tools/debug_driver.sh $$debug && build/cuda_driver_$$debug --many 20 || exit 1; done

@@ -274,7 +274,8 @@ int main(int argc, char** argv) {
       failed += !run(e, small, {{1, 4, 4, 500, 510, most, most}, causal, e.dtype, false}, times);
       failed += !run(e, small, {{1, 4, 4, 500, 510, most, most}, MaskSpec{}, e.dtype, false}, times);
       failed += !run(e, small, {{1, 4, 4, 500, 800, most, most}, MaskSpec{}, e.dtype, false}, times);
-      if (most <= 128) {  // in turn from the first key tile on
+      // In turn from the first key tile on. The reference takes seconds.
+      if (e.dtype == DType::kBFloat16 && (most == 64 || most == 128)) {
         small.sm_count = 1;
         failed += !run(e, small, {{1, 1, 1, 2600, 2600, most, most}, causal, e.dtype, false}, times);
       }
