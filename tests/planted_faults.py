@@ -46,8 +46,8 @@ FAULTS = [
         "if (!FAULT && rescale && (started & bit))", "version 2 keeps O as it was when a row's maximum rises",
     ),
     Fault(
-        "no-rescale-of-l", "cpu/tile_ops_impl.h", "l[r] = l[r] * factor + reduce_sum<Acc>(sum0 + sum1);",
-        "l[r] = l[r] * (FAULT ? Acc(1) : factor) + reduce_sum<Acc>(sum0 + sum1);",
+        "no-rescale-of-l", "cpu/tile_ops_impl.h", "load_as<Acc>(l + r0, n) * factor + sums",
+        "load_as<Acc>(l + r0, n) * (FAULT ? broadcast(Acc(1)) : factor) + sums",
         "the row sum is not rescaled when the maximum rises",
     ),
     Fault(

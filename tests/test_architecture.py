@@ -25,7 +25,7 @@ CUDA = ("cuda", "cublas", "cooperative_groups", "mma.h", "nv/")
 # folder: (folders of csrc/ it may include, prefixes of outside headers beside the standard library's)
 RULES: dict[str, tuple[set[str], tuple[str, ...]]] = {
     "core": ({"core"}, ()),
-    "cpu": ({"core", "cpu"}, ("ATen/Parallel.h", "ATen/native/CPUBlas.h", "c10/util/")),
+    "cpu": ({"core", "cpu"}, ("ATen/Parallel.h", "ATen/native/CPUBlas.h", "c10/util/", "immintrin.h")),
     "cuda": ({"core", "cuda"}, CUDA),
     "ops": ({"core", "cpu", "cuda", "ops"}, TORCH),
     "library.cpp": (set(), ("torch/library.h",)),

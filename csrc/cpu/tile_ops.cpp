@@ -73,6 +73,12 @@ const TileOps<double, double, double>& tile_ops() {
 }
 template <>
 const TileOps<bf16_t, bf16_t, float>& tile_ops() {
+#if defined(__x86_64__)
+  // On AVX-512 these round with instructions of AVX512-BF16. No CPU is known that has bf16 products and AVX-512, yet
+  // not those.
+  static const bool rounds = __builtin_cpu_supports("avx512bf16");
+  if (isa() == Isa::kAvx512 && !rounds) return isa_avx2::bf16_ops;
+#endif
   return FAE_PICK(bf16_ops);
 }
 template <>

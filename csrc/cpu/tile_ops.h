@@ -30,8 +30,8 @@ struct TileOps {
 
   // One step of online softmax over a tile of raw scores s[rows][ld_s], columns [0, cols): masks the columns of row r
   // outside visible[r] (relative to the tile), raises m, updates l, writes p = exp2(scale_log2 * s - m) and the factor
-  // alpha[r] that older accumulations have to be multiplied with. p may alias s when Op is Acc. Returns whether any
-  // alpha differs from 1. cols is a multiple of kColumnStep.
+  // alpha[r] that older accumulations have to be multiplied with. p may lie over s where no element of a row lies behind
+  // its score. Returns whether any alpha differs from 1. cols is a multiple of kColumnStep.
   bool (*softmax_step)(Acc* s, int ld_s, int rows, int cols, const Range* visible, Acc scale_log2, Acc* m, Acc* l,
                        Acc* alpha, Op* p, int ld_p);
 

@@ -131,102 +131,169 @@ FAE_INLINE typename Simd<Acc>::ivec lanes_between(int first, int last) {
   return (lane >= first) & (lane < last);
 }
 
+// The visible columns of one row: the vectors [inner_begin, inner_end) are wholly visible; at most one partial vector
+// stands on either side, within [begin, end).
+template <typename Acc>
+struct RowColumns {
+  int first, last, begin, end, inner_begin, inner_end;
+  bool head, tail;  // which partial vectors there are; one that is both counts as the head
+
+  FAE_INLINE explicit RowColumns(Range visible) : first(visible.begin), last(visible.end) {
+    constexpr int kLanes = Simd<Acc>::kLanes;
+    begin = first / kLanes * kLanes, end = (last + kLanes - 1) / kLanes * kLanes;
+    inner_begin = (first + kLanes - 1) / kLanes * kLanes, inner_end = last / kLanes * kLanes;
+    head = begin < inner_begin;
+    tail = inner_end < end && !(head && inner_end == begin);
+  }
+  FAE_INLINE auto lanes(int col) const { return lanes_between<Acc>(first - col, last - col); }
+};
+
+// Each lane's largest score in the whole vectors [begin, end), and in `with`.
+template <typename Acc>
+FAE_INLINE typename Simd<Acc>::vec lane_maxima(const Acc* s, int begin, int end, typename Simd<Acc>::vec with) {
+  using vec = typename Simd<Acc>::vec;
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  vec max0 = with, max1 = with, max2 = with, max3 = with;
+  int c = begin;
+  for (; c + 4 * kLanes <= end; c += 4 * kLanes) {
+    max0 = vmax(max0, load<vec>(s + c));
+    max1 = vmax(max1, load<vec>(s + c + kLanes));
+    max2 = vmax(max2, load<vec>(s + c + 2 * kLanes));
+    max3 = vmax(max3, load<vec>(s + c + 3 * kLanes));
+  }
+  for (; c < end; c += kLanes) max0 = vmax(max0, load<vec>(s + c));
+  return vmax(vmax(max0, max1), vmax(max2, max3));
+}
+
+// The same of a row's visible scores.
+template <typename Acc>
+FAE_INLINE typename Simd<Acc>::vec visible_maxima(const Acc* s, const RowColumns<Acc>& row) {
+  using vec = typename Simd<Acc>::vec;
+  const vec neg_inf = broadcast(Acc(-__builtin_inf()));
+  vec edges = neg_inf;
+  if (row.head) edges = row.lanes(row.begin) ? load<vec>(s + row.begin) : neg_inf;
+  if (row.tail) edges = vmax(edges, row.lanes(row.inner_end) ? load<vec>(s + row.inner_end) : neg_inf);
+  return lane_maxima(s, row.inner_begin, row.inner_end, edges);
+}
+
+// p = exp2(scale * s - subtract) in two neighbouring vectors, added to two sums.
+template <typename Op, typename Acc, typename V>
+FAE_INLINE void two_exponentials(const Acc* s, Op* p, Acc scale, Acc subtract, V& sum0, V& sum1) {
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  const V e0 = exp2_vec<exp2_degree<Op>>(load<V>(s) * scale - subtract);
+  const V e1 = exp2_vec<exp2_degree<Op>>(load<V>(s + kLanes) * scale - subtract);
+  sum0 += e0;
+  sum1 += e1;
+  store_operands(p, e0, e1);
+}
+
+// p = exp2(scale * s - subtract) on the visible columns, 0 elsewhere; returns each lane's sum. Two sums take alternate
+// vectors, counted from column 0, so the order of summation does not depend on what is visible.
+template <typename Op, typename Acc>
+FAE_INLINE typename Simd<Acc>::vec visible_exponentials(const Acc* s, Op* p, int cols, const RowColumns<Acc>& row,
+                                                        Acc scale, Acc subtract) {
+  using vec = typename Simd<Acc>::vec;
+  constexpr int kLanes = Simd<Acc>::kLanes;
+  vec sum0 = vec{}, sum1 = vec{};
+  auto one = [&](int col, bool partial) FAE_LAMBDA {
+    vec e = exp2_vec<exp2_degree<Op>>(load<vec>(s + col) * scale - subtract);
+    if (partial) e = row.lanes(col) ? e : vec{};
+    if (col / kLanes % 2) {
+      sum1 += e;
+    } else {
+      sum0 += e;
+    }
+    store_as<Acc>(p + col, e);
+  };
+  if (row.begin > 0) __builtin_memset(p, 0, sizeof(Op) * row.begin);
+  if (row.head) one(row.begin, true);
+  int c = row.inner_begin;
+  if (c < row.inner_end && c / kLanes % 2) {
+    one(c, false);
+    c += kLanes;
+  }
+  for (; c + 2 * kLanes <= row.inner_end; c += 2 * kLanes) two_exponentials(s + c, p + c, scale, subtract, sum0, sum1);
+  if (c < row.inner_end) one(c, false);
+  if (row.tail) one(row.inner_end, true);
+  if (row.end < cols) __builtin_memset(p + row.end, 0, sizeof(Op) * (cols - row.end));
+  return sum0 + sum1;
+}
+
 // From here on half a unit in the last place of a score is 1 or more.
 template <typename Acc>
 constexpr Acc kFusedLimit = sizeof(Acc) == 8 ? Acc(0x1p53) : Acc(0x1p24);
 
+template <typename Acc>
+FAE_INLINE void multiply(Acc* s, int begin, int end, Acc scale) {
+  using vec = typename Simd<Acc>::vec;
+  for (int c = begin; c < end; c += Simd<Acc>::kLanes) store(s + c, load<vec>(s + c) * scale);
+}
+
+// As many rows at a time as a vector has lanes, so that the horizontal steps and the statistics are vectors as well.
 template <typename In, typename Op, typename Acc>
 bool softmax_step(Acc* s, int ld_s, int rows, int cols, const Range* visible, Acc scale_log2, Acc* m, Acc* l,
                   Acc* alpha, Op* p, int ld_p) {
   using vec = typename Simd<Acc>::vec;
   constexpr int kLanes = Simd<Acc>::kLanes;
-  const Acc neg_inf = -__builtin_inf();
+  const vec neg_inf = broadcast(Acc(-__builtin_inf()));
+  // A positive factor keeps the order, rounded or not: the largest score alone is multiplied. For others the scores
+  // change sign first, which is exact, or become 0.
+  const bool turn = !(scale_log2 > Acc(0));
+  const Acc turned = scale_log2 < Acc(0) ? Acc(-1) : Acc(0);
+  const Acc scale = !turn ? scale_log2 : scale_log2 < Acc(0) ? -scale_log2 : Acc(1);
   bool any_rescale = false;
-  for (int r = 0; r < rows; ++r) {
-    Acc* s_row = s + int64_t{r} * ld_s;
-    Op* p_row = p + int64_t{r} * ld_p;
-    const int first = visible[r].begin, last = visible[r].end;
-    if (first >= last) {
-      __builtin_memset(p_row, 0, sizeof(Op) * cols);
-      alpha[r] = Acc(1);
-      continue;
-    }
-    // The vectors [inner_begin, inner_end) are wholly visible; at most one partial vector stands on either side.
-    const int begin = first / kLanes * kLanes, end = (last + kLanes - 1) / kLanes * kLanes;
-    const int inner_begin = (first + kLanes - 1) / kLanes * kLanes, inner_end = last / kLanes * kLanes;
+  for (int r0 = 0; r0 < rows; r0 += kLanes) {
+    const int n = rows - r0 < kLanes ? rows - r0 : kLanes;
+    bool full = n == kLanes && !turn;  // nothing is masked: the rule, and worth loops of its own
+    for (int i = 0; i < n; ++i) full &= visible[r0 + i].begin <= 0 && visible[r0 + i].end >= cols;
 
-    vec max0 = broadcast(neg_inf), max1 = max0, max2 = max0, max3 = max0;
-    auto partial_max = [&](int c) FAE_LAMBDA {
-      const vec t = load<vec>(s_row + c) * scale_log2;
-      max0 = vmax(max0, lanes_between<Acc>(first - c, last - c) ? t : broadcast(neg_inf));
-    };
-    if (begin < inner_begin) partial_max(begin);
-    if (inner_end < end && !(begin < inner_begin && inner_end == begin)) partial_max(inner_end);
-    int c = inner_begin;
-    for (; c + 4 * kLanes <= inner_end; c += 4 * kLanes) {
-      max0 = vmax(max0, load<vec>(s_row + c) * scale_log2);
-      max1 = vmax(max1, load<vec>(s_row + c + kLanes) * scale_log2);
-      max2 = vmax(max2, load<vec>(s_row + c + 2 * kLanes) * scale_log2);
-      max3 = vmax(max3, load<vec>(s_row + c + 3 * kLanes) * scale_log2);
-    }
-    for (; c < inner_end; c += kLanes) max0 = vmax(max0, load<vec>(s_row + c) * scale_log2);
-    const Acc row_max = reduce_max<Acc>(vmax(vmax(max0, max1), vmax(max2, max3)));
-
-    const Acc m_old = m[r];
-    const Acc m_new = m_old > row_max ? m_old : row_max;
-    const Acc subtract = fae::softmax<Acc>::subtracted_max(m_new);
-    const Acc factor = m_old == m_new ? Acc(1) : fae::softmax<Acc>::rescale(m_old, m_new);
-
-    // m is a rounded product, the exponent below a fused one: they part by half a unit in the last place, which from
-    // these scores on is enough to overflow. Such a row rounds its products first.
-    Acc row_scale = scale_log2;
-    if (subtract >= kFusedLimit<Acc> || subtract <= -kFusedLimit<Acc>) {
-      for (int col = begin; col < end; col += kLanes) store(s_row + col, load<vec>(s_row + col) * scale_log2);
-      row_scale = Acc(1);
-    }
-
-    // sum0 and sum1 take alternate vectors, counted from column 0, so the order of summation does not depend on first.
-    vec sum0 = vec{}, sum1 = vec{};
-    auto exponent = [&](int col)
-                        FAE_LAMBDA { return exp2_vec<exp2_degree<Op>>(load<vec>(s_row + col) * row_scale - subtract); };
-    auto partial_exp = [&](int col) FAE_LAMBDA {
-      const vec e = lanes_between<Acc>(first - col, last - col) ? exponent(col) : vec{};
-      if (col / kLanes % 2) {
-        sum1 += e;
+    vec lanes[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      Acc* s_row = s + int64_t{r0 + i} * ld_s;
+      if (full) {
+        lanes[i] = lane_maxima(s_row, 0, cols, neg_inf);
+      } else if (i < n && visible[r0 + i].begin < visible[r0 + i].end) {
+        const RowColumns<Acc> row(visible[r0 + i]);
+        if (turn) multiply(s_row, row.begin, row.end, turned);
+        lanes[i] = visible_maxima(s_row, row);
       } else {
-        sum0 += e;
+        lanes[i] = neg_inf;
       }
-      store_as<Acc>(p_row + col, e);
-    };
-    if (begin > 0) __builtin_memset(p_row, 0, sizeof(Op) * begin);
-    c = inner_begin;
-    if (begin < inner_begin) partial_exp(begin);
-    const bool tail_pending = inner_end < end && !(begin < inner_begin && inner_end == begin);
-    if (c < inner_end && c / kLanes % 2) {
-      const vec e = exponent(c);
-      sum1 += e;
-      store_as<Acc>(p_row + c, e);
-      c += kLanes;
     }
-    for (; c + 2 * kLanes <= inner_end; c += 2 * kLanes) {
-      const vec e0 = exponent(c), e1 = exponent(c + kLanes);
-      sum0 += e0;
-      sum1 += e1;
-      store_as<Acc>(p_row + c, e0);
-      store_as<Acc>(p_row + c + kLanes, e1);
-    }
-    if (c < inner_end) {
-      const vec e = exponent(c);
-      sum0 += e;
-      store_as<Acc>(p_row + c, e);
-    }
-    if (tail_pending) partial_exp(inner_end);
-    if (end < cols) __builtin_memset(p_row + end, 0, sizeof(Op) * (cols - end));
+    const vec row_max = reduce_rows<Acc>(lanes, [](vec a, vec b) FAE_LAMBDA { return vmax(a, b); }) * scale;
+    const vec m_old = load_as<Acc>(m + r0, n), m_new = m_old > row_max ? m_old : row_max;
+    const vec subtracted = m_new == neg_inf ? vec{} : m_new;  // as softmax::subtracted_max
+    const vec factor = m_old == m_new ? broadcast(Acc(1)) : exp2_vec<6>(m_old - subtracted);
+    store_as<Acc>(m + r0, m_new, n);
+    store_as<Acc>(alpha + r0, factor, n);
 
-    m[r] = m_new;
-    l[r] = l[r] * factor + reduce_sum<Acc>(sum0 + sum1);
-    alpha[r] = factor;
-    any_rescale |= factor != Acc(1);
+    Acc subtract[kLanes];
+    store(subtract, subtracted);
+    bool any_large = false;
+    for (int i = 0; i < kLanes; ++i) any_large |= !(__builtin_fabs(subtract[i]) < kFusedLimit<Acc>);
+    for (int i = 0; i < kLanes; ++i) {
+      Acc* s_row = s + int64_t{r0 + i} * ld_s;
+      Op* p_row = p + int64_t{r0 + i} * ld_p;
+      if (full && !any_large) {
+        vec sum0 = vec{}, sum1 = vec{};
+        for (int c = 0; c < cols; c += 2 * kLanes)
+          two_exponentials(s_row + c, p_row + c, scale, subtract[i], sum0, sum1);
+        lanes[i] = sum0 + sum1;
+      } else if (i < n && visible[r0 + i].begin < visible[r0 + i].end) {
+        const RowColumns<Acc> row(visible[r0 + i]);
+        // m is a rounded product, the exponent a fused one: they part by half a unit in the last place, which from
+        // these scores on is enough to overflow. Such a row rounds its products first.
+        const bool large = !(__builtin_fabs(subtract[i]) < kFusedLimit<Acc>);
+        if (large) multiply(s_row, row.begin, row.end, scale);
+        lanes[i] = visible_exponentials(s_row, p_row, cols, row, large ? Acc(1) : scale, subtract[i]);
+      } else {
+        lanes[i] = vec{};
+        if (i < n) __builtin_memset(p_row, 0, sizeof(Op) * cols);
+      }
+    }
+    const vec sums = reduce_rows<Acc>(lanes, [](vec a, vec b) FAE_LAMBDA { return a + b; });
+    store_as<Acc>(l + r0, load_as<Acc>(l + r0, n) * factor + sums, n);
+    for (int i = 0; i < n; ++i) any_rescale |= alpha[r0 + i] != Acc(1);
   }
   return any_rescale;
 }
@@ -258,9 +325,9 @@ void softmax_backward(const Acc* s, const Acc* dp, int ld, int rows, int cols, c
       }
       const int64_t to = int64_t{r} * ld_op + c;
       if constexpr (is_16bit<Op>) {
-        const vh g0 = narrow(g[0], Op{}), g1 = narrow(g[1], Op{});
-        store(p + to, narrow(e[0], Op{}));
-        store(p + to + ld_op, narrow(e[1], Op{}));
+        const vh g0 = narrow_operand(g[0], Op{}), g1 = narrow_operand(g[1], Op{});
+        store(p + to, narrow_operand(e[0], Op{}));
+        store(p + to + ld_op, narrow_operand(e[1], Op{}));
         store(ds + to, g0);
         store(ds + to + ld_op, g1);
         store(reinterpret_cast<uint32_t*>(ds_b) + int64_t{r / 2} * ld_op + c,

@@ -138,8 +138,12 @@ std::vector<Isa> isas() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) FAE_ADD(isa_avx2);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma"))
-    FAE_ADD(isa_avx512);
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
+    // As tile_ops() picks them.
+    const auto& bf16 = __builtin_cpu_supports("avx512bf16") ? isa_avx512::bf16_ops : isa_avx2::bf16_ops;
+    list.push_back({"isa_avx512", isa_avx512::f32_ops, isa_avx512::f64_ops, bf16, isa_avx512::bf16_f32_ops,
+                    isa_avx512::f16_f32_ops});
+  }
 #endif
 #undef FAE_ADD
   return list;
