@@ -24,21 +24,27 @@ inline int gemm_rows(int rows, int tile_m) {
 // A thread's scratch for one key block and one score tile.
 template <typename T>
 struct TileScratch {
-  typename T::Op* k_t;     // [inner(D)][tile_n], B operand
-  typename T::Op* v_b;     // [tile_n][Dv], B operand
-  typename T::Acc* s;      // [tile_m][tile_n]
-  typename T::Op* p;       // [tile_m][tile_n], A operand; is s where the types agree
+  int ld_k, ld_v, ld_s, ld_p;
+  typename T::Op* k_t;     // [inner(D)][ld_k], B operand
+  typename T::Op* v_b;     // [tile_n][ld_v], B operand
+  typename T::Acc* s;      // [tile_m][ld_s]
+  typename T::Op* p;       // [tile_m][ld_p], A operand; is s where the types agree
   typename T::Acc* alpha;  // [tile_m]
   Range* visible;          // [tile_m]
 
   TileScratch(Arena& arena, const Sizes& sizes, int tile_m, int tile_n) {
-    k_t = arena.take<typename T::Op>(int64_t{T::inner(sizes.head_dim)} * tile_n);
-    v_b = arena.take<typename T::Op>(int64_t{sizes.head_dim_v} * tile_n);
-    s = arena.take<typename T::Acc>(int64_t{tile_m} * tile_n);
+    // A row of a B operand is kColumnStride rows of the matrix.
+    constexpr int kPadB = kRowPadding / (T::kColumnStride * static_cast<int>(sizeof(typename T::Op)));
+    ld_k = tile_n + kPadB, ld_v = sizes.head_dim_v + kPadB;
+    ld_s = tile_n + kRowPadding / static_cast<int>(sizeof(typename T::Acc));
+    ld_p = tile_n + kRowPadding / static_cast<int>(sizeof(typename T::Op));
+    k_t = arena.take<typename T::Op>(int64_t{T::inner(sizes.head_dim)} * ld_k);
+    v_b = arena.take<typename T::Op>(int64_t{tile_n} * ld_v);
+    s = arena.take<typename T::Acc>(int64_t{tile_m} * ld_s);
     if constexpr (std::is_same_v<typename T::Op, typename T::Acc>) {
       p = s;
     } else {
-      p = arena.take<typename T::Op>(int64_t{tile_m} * tile_n);
+      p = arena.take<typename T::Op>(int64_t{tile_m} * ld_p);
     }
     alpha = arena.take<typename T::Acc>(tile_m);
     visible = arena.take<Range>(tile_m);
@@ -55,21 +61,20 @@ struct KeyBlock {
   const typename T::Op* v;  // row of `origin`
   int64_t ld_v;
 
-  static KeyBlock load(const AttentionParams& p, int64_t b, int h_kv, int origin, Range keys, int tile_n,
-                       TileScratch<T>& scratch) {
+  static KeyBlock load(const AttentionParams& p, int64_t b, int h_kv, int origin, Range keys, TileScratch<T>& scratch) {
     using In = typename T::In;
     const auto& ops = tile_ops<In, typename T::Op, typename T::Acc>();
     const Sizes& z = p.sizes;
     const int seqlen_k = p.seq(b).seqlen_k;
     const int at = keys.begin - origin, padded = keys.size(), real = std::min(keys.end, seqlen_k) - keys.begin;
     ops.pack_b_transposed(p.k.row<const In>(b, h_kv, keys.begin), p.k.stride_s, real, z.head_dim,
-                          scratch.k_t + at * T::kColumnStride, tile_n, padded, T::inner(z.head_dim));
+                          scratch.k_t + at * T::kColumnStride, scratch.ld_k, padded, T::inner(z.head_dim));
     const In* v = p.v.row<const In>(b, h_kv, keys.begin);
     if constexpr (T::kDirect) {
       if (real == padded) return {origin, keys, scratch.k_t, v - at * p.v.stride_s, p.v.stride_s};
     }
-    ops.pack_b(v, p.v.stride_s, real, z.head_dim_v, scratch.v_b + int64_t{at} * z.head_dim_v, z.head_dim_v, padded);
-    return {origin, keys, scratch.k_t, scratch.v_b, z.head_dim_v};
+    ops.pack_b(v, p.v.stride_s, real, z.head_dim_v, scratch.v_b + int64_t{at} * scratch.ld_v, scratch.ld_v, padded);
+    return {origin, keys, scratch.k_t, scratch.v_b, scratch.ld_v};
   }
 
   const typename T::Op* v_row(int column) const { return v + column * ld_v; }
@@ -89,18 +94,19 @@ Range visible_columns(const IntervalMask& mask, const KeyBlock<T>& block, int m0
 // any row's maximum rose (so that what was accumulated before has to be rescaled).
 template <typename T>
 bool score_tile(const AttentionParams& p, const IntervalMask& mask, const KeyBlock<T>& block, Range columns, int m0,
-                int rows, const typename T::Op* q, int tile_m, int tile_n, typename T::Acc* m, typename T::Acc* l,
+                int rows, const typename T::Op* q, int tile_m, typename T::Acc* m, typename T::Acc* l,
                 TileScratch<T>& scratch) {
   using Acc = typename T::Acc;
   const int d = T::inner(p.sizes.head_dim), n = columns.size(), c0 = columns.begin;
-  gemm(gemm_rows(rows, tile_m), n, d, d, tile_n, tile_n, false, q, block.k_t + c0 * T::kColumnStride, scratch.s + c0);
+  gemm(gemm_rows(rows, tile_m), n, d, d, scratch.ld_k, scratch.ld_s, false, q, block.k_t + c0 * T::kColumnStride,
+       scratch.s + c0);
   for (int r = 0; r < rows; ++r) {
     const int first = mask.begin(m0 + r) - block.origin - c0, last = mask.end(m0 + r) - block.origin - c0;
     scratch.visible[r] = {std::clamp(first, 0, n), std::clamp(last, 0, n)};
   }
-  return tile_ops<typename T::In, typename T::Op, Acc>().softmax_step(scratch.s + c0, tile_n, rows, n, scratch.visible,
-                                                                      static_cast<Acc>(p.scale * kLog2E), m, l,
-                                                                      scratch.alpha, scratch.p + c0, tile_n);
+  return tile_ops<typename T::In, typename T::Op, Acc>().softmax_step(
+      scratch.s + c0, scratch.ld_s, rows, n, scratch.visible, static_cast<Acc>(p.scale * kLog2E), m, l, scratch.alpha,
+      scratch.p + c0, scratch.ld_p);
 }
 
 }  // namespace fae::cpu

@@ -77,7 +77,7 @@ void run_group(const AttentionParams& p, const ForwardPlan& plan, const Memory<T
   const Range keys = mask.keys_of_rows(r0, r1);
   for (int origin = static_cast<int>(round_down(keys.begin, plan.tile_n)); origin < keys.end; origin += plan.tile_n) {
     const Range wanted = {origin, std::min(origin + plan.tile_n, static_cast<int>(round_up(keys.end, kColumnStep)))};
-    const auto block = KeyBlock<T>::load(p, b, z.kv_head(h), origin, wanted, plan.tile_n, scratch.tile);
+    const auto block = KeyBlock<T>::load(p, b, z.kv_head(h), origin, wanted, scratch.tile);
 
     // Line 7: for each block i of rows. Line 8: load Q_i, O_i, l_i, m_i.
     for (int m0 = r0; m0 < r1; m0 += plan.tile_m) {
@@ -92,9 +92,9 @@ void run_group(const AttentionParams& p, const ForwardPlan& plan, const Memory<T
       // Line 9: S_ij = Q_i K_j^T. Line 10: m~_ij, P~_ij, l~_ij of this tile alone.
       std::fill_n(scratch.m_tile, rows, rules::neg_inf());
       std::fill_n(scratch.l_tile, rows, Acc(0));
-      score_tile<T>(p, mask, block, columns, m0, rows, scratch.q, plan.tile_m, plan.tile_n, scratch.m_tile,
-                    scratch.l_tile, scratch.tile);
-      gemm(gemm_rows(rows, plan.tile_m), dv, columns.size(), plan.tile_n, block.ld_v, dv, false,
+      score_tile<T>(p, mask, block, columns, m0, rows, scratch.q, plan.tile_m, scratch.m_tile, scratch.l_tile,
+                    scratch.tile);
+      gemm(gemm_rows(rows, plan.tile_m), dv, columns.size(), scratch.tile.ld_p, block.ld_v, dv, false,
            scratch.tile.p + columns.begin, block.v_row(columns.begin), scratch.pv);
 
       // Line 11: m_new = max(m_i, m~_ij); l_new = e^(m_i - m_new) l_i + e^(m~_ij - m_new) l~_ij.

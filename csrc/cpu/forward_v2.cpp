@@ -53,17 +53,17 @@ void run_group(const AttentionParams& p, const ForwardPlan& plan, int64_t b, int
   for (int origin = static_cast<int>(round_down(keys.begin, plan.tile_n)); origin < keys.end; origin += plan.tile_n) {
     const Range wanted = {std::max(origin, static_cast<int>(round_down(keys.begin, kColumnStep))),
                           std::min(origin + plan.tile_n, static_cast<int>(round_up(keys.end, kColumnStep)))};
-    const auto block = KeyBlock<T>::load(p, b, z.kv_head(h), origin, wanted, plan.tile_n, scratch.tile);
+    const auto block = KeyBlock<T>::load(p, b, z.kv_head(h), origin, wanted, scratch.tile);
     for (int m0 = r0; m0 < r1; m0 += plan.tile_m) {
       const int m_rows = std::min(plan.tile_m, r1 - m0), at = m0 - r0;
       const Range columns = visible_columns(mask, block, m0, m0 + m_rows);
       if (columns.empty()) continue;
       const bool rescale = score_tile<T>(p, mask, block, columns, m0, m_rows, scratch.q + int64_t{at} * d, plan.tile_m,
-                                         plan.tile_n, scratch.m + at, scratch.l + at, scratch.tile);
+                                         scratch.m + at, scratch.l + at, scratch.tile);
       const uint64_t bit = uint64_t{1} << (at / plan.tile_m);
       Acc* o = scratch.o + int64_t{at} * ld_o;
       if (rescale && (started & bit)) ops.scale_rows(o, ld_o, m_rows, ld_o, scratch.tile.alpha);
-      gemm(gemm_rows(m_rows, plan.tile_m), z.head_dim_v, columns.size(), plan.tile_n, block.ld_v, ld_o,
+      gemm(gemm_rows(m_rows, plan.tile_m), z.head_dim_v, columns.size(), scratch.tile.ld_p, block.ld_v, ld_o,
            (started & bit) != 0, scratch.tile.p + columns.begin, block.v_row(columns.begin), o);
       started |= bit;
     }
