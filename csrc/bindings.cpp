@@ -89,7 +89,8 @@ py::dict cpu_kernel(const char* pass, int version, const Named& dtype, const cha
   else if (version == 1)
     add(fae::cpu::kForwardV1Tile, fae::cpu::kForwardV1Tile.tile_m, fae::cpu::kForwardV1Tile.tile_n);
   else
-    for (const auto& t : fae::cpu::kForwardTiles) add(t, t.tile_m, t.tile_n);
+    for (const auto& t : std::string(operand) == "bf16" ? fae::cpu::kForwardBf16Tiles : fae::cpu::kForwardTiles)
+      add(t, t.tile_m, t.tile_n);
   py::dict d;
   d["device"] = "cpu";
   d["arch"] = fae::cpu::tile_isa();
@@ -191,6 +192,7 @@ py::dict plan(const std::string& pass, int version, const std::string& dtype, in
     d["kernel"] = p.tile_name;
     d["tile"] = py::make_tuple(p.tile_m, p.tile_n);
     d["rows_per_task"] = p.rows_per_task;
+    d["rows_per_product"] = p.rows_per_product;
     d["tasks"] = p.tasks;
     d["threads"] = p.slots;
     d["operand"] = p.operand;

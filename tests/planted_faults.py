@@ -42,8 +42,8 @@ class Fault:
 
 FAULTS = [
     Fault(
-        "no-rescale-of-o", "cpu/forward_v2.cpp", "if (rescale && (started & bit))",
-        "if (!FAULT && rescale && (started & bit))", "version 2 keeps O as it was when a row's maximum rises",
+        "no-rescale-of-o", "cpu/forward_v2.cpp", "if (rescale && has_started(m0))",
+        "if (!FAULT && rescale && has_started(m0))", "version 2 keeps O as it was when a row's maximum rises",
     ),
     Fault(
         "no-rescale-of-l", "cpu/tile_ops_impl.h", "load_as<Acc>(l + r0, n) * factor + sums",

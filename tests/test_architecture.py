@@ -190,7 +190,7 @@ def test_each_header_of_cuda_compiles_alone() -> None:
 @of([path for path in FILES if path.name != "config.h" and room(path) in {"cpu", "ops", "cuda"}])
 def test_tile_numbers_stand_in_config_h_alone(path: Path) -> None:
     """No other file sets one of the numbers of a tile to a literal."""
-    names = r"(?:tile_[mnk]|block_[mnk]|rows_per_task|chunk|kTile[MNK]|kBlock[MNK]|kStages)"
+    names = r"(?:tile_[mnk]|block_[mnk]|rows_per_task|rows_per_product|chunk|kTile[MNK]|kBlock[MNK]|kStages)"
     literal = re.search(rf"\b{names}\s*=\s*(\d{{2,}})\b", code(path))
     assert literal is None, f"{literal[0]}: a tile number outside config.h" if literal else None
 

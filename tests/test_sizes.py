@@ -125,14 +125,15 @@ def test_three_dimensions_are_four_with_one_head(dims, dtype):
 # ---- lengths around tiles --------------------------------------------------------------------------------------------
 
 
-def tile_of(pass_: str, version: int, head_dim: int) -> tuple[int, int, int]:
-    """Rows and keys of the tile, and rows of a task, as config.h has them: lengths so long that nothing is narrowed."""
+def tile_of(pass_: str, version: int, head_dim: int, dtype: str) -> tuple[int, int, set[int]]:
+    """Rows and keys of the tile, rows of a product and of a task: lengths so long that nothing is narrowed."""
     lengths = {"batch": 1, "heads": 1, "heads_kv": 1, "seqlen_q": 2**20, "seqlen_k": 2**20}
     dims = {"head_dim": head_dim, "head_dim_v": head_dim, "block_m": 0, "block_n": 0, "threads": 1}
-    plan = _C.plan(pass_=pass_, version=version, dtype="float32", **lengths, **dims)
+    plan = _C.plan(pass_=pass_, version=version, dtype=dtype, **lengths, **dims)
     if pass_ == "bwd":  # its squares are chunk x chunk
-        return plan["tile"][0], plan["tile"][0], plan["tile"][1]
-    return *plan["tile"], plan["rows_per_task"] if version == 2 else plan["tile"][0]
+        return plan["tile"][0], plan["tile"][0], {plan["tile"][1]}
+    groups = {plan["rows_per_product"], plan["rows_per_task"]} if version == 2 else {plan["tile"][0]}
+    return *plan["tile"], groups
 
 
 def around(size: int) -> tuple[int, int, int]:
@@ -141,9 +142,10 @@ def around(size: int) -> tuple[int, int, int]:
 
 def tile_cases(pass_: str, version: int) -> Iterator[Any]:
     for head_dim, (i, dtype) in itertools.product((16, 160, 300), enumerate(("float32", "bfloat16"))):
-        rows, keys, group = tile_of(pass_, version, head_dim)
+        rows, keys, groups = tile_of(pass_, version, head_dim, dtype)
         lengths = list(itertools.product(around(rows), around(keys)))
-        lengths += [(s, keys + 1) for s in around(group)] + [(rows + 1, s) for s in around(2 * keys)]
+        lengths += [(s, keys + 1) for group in sorted(groups) for s in around(group)]
+        lengths += [(rows + 1, s) for s in around(2 * keys)]
         lengths += [(17, s) for s in around(32)]  # columns are narrowed in steps of 32
         for j, (seqlen_q, seqlen_k) in enumerate(dict.fromkeys(lengths)):
             case = Case(seqlen_q, seqlen_k, head_dim, dtype=dtype, causal=(i + j) % 2 == 0)

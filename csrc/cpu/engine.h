@@ -18,6 +18,7 @@ struct ForwardPlan {
   int tile_m;
   int tile_n;
   int rows_per_task;
+  int rows_per_product;
   int64_t tasks;
   int slots;               // threads that take part
   size_t slot_bytes;       // scratch of each

@@ -9,30 +9,31 @@
 namespace fae::cpu {
 
 // What plan_forward() asks of the two loops: bytes of one thread's scratch and, for version 1, of its O, m and l.
-size_t forward_v2_slot_bytes(const Sizes& sizes, DType dtype, int tile_m, int tile_n, int rows);
+size_t forward_v2_slot_bytes(const Sizes& sizes, DType dtype, int rows_per_product, int tile_n, int rows);
 size_t forward_v1_slot_bytes(const Sizes& sizes, DType dtype, int tile_m, int tile_n);
 size_t forward_v1_shared_bytes(const Sizes& sizes, DType dtype);
 
-// Rows of a brgemm whose tile is not full: the next power of two, so that few shapes are generated and one decoded
-// token does not pay for a whole tile. No result bit depends on it.
+// Rows of a brgemm: whole tiles. A single one that is not full has the next power of two of rows, so that few shapes are
+// generated and one decoded token does not pay for a whole tile. No result bit depends on it.
 inline int gemm_rows(int rows, int tile_m) {
+  if (rows > tile_m) return static_cast<int>(round_up(rows, tile_m));
   int m = 1;
   while (m < rows) m *= 2;
   return std::min(m, tile_m);
 }
 
-// A thread's scratch for one key block and one score tile.
+// A thread's scratch for one key block and one score tile, or several of them that are multiplied at once.
 template <typename T>
 struct TileScratch {
   int ld_k, ld_v, ld_s, ld_p;
   typename T::Op* k_t;     // [inner(D)][ld_k], B operand
   typename T::Op* v_b;     // [tile_n][ld_v], B operand
-  typename T::Acc* s;      // [tile_m][ld_s]
-  typename T::Op* p;       // [tile_m][ld_p], A operand; is s where the types agree
-  typename T::Acc* alpha;  // [tile_m]
-  Range* visible;          // [tile_m]
+  typename T::Acc* s;      // [rows][ld_s]
+  typename T::Op* p;       // [rows][ld_p], A operand; is s where the types agree
+  typename T::Acc* alpha;  // [rows]
+  Range* visible;          // [rows]
 
-  TileScratch(Arena& arena, const Sizes& sizes, int tile_m, int tile_n) {
+  TileScratch(Arena& arena, const Sizes& sizes, int rows, int tile_n) {
     // A row of a B operand is kColumnStride rows of the matrix.
     constexpr int kPadB = kRowPadding / (T::kColumnStride * static_cast<int>(sizeof(typename T::Op)));
     ld_k = tile_n + kPadB, ld_v = sizes.head_dim_v + kPadB;
@@ -40,14 +41,14 @@ struct TileScratch {
     ld_p = tile_n + kRowPadding / static_cast<int>(sizeof(typename T::Op));
     k_t = arena.take<typename T::Op>(int64_t{T::inner(sizes.head_dim)} * ld_k);
     v_b = arena.take<typename T::Op>(int64_t{tile_n} * ld_v);
-    s = arena.take<typename T::Acc>(int64_t{tile_m} * ld_s);
+    s = arena.take<typename T::Acc>(int64_t{rows} * ld_s);
     if constexpr (std::is_same_v<typename T::Op, typename T::Acc>) {
       p = s;
     } else {
-      p = arena.take<typename T::Op>(int64_t{tile_m} * ld_p);
+      p = arena.take<typename T::Op>(int64_t{rows} * ld_p);
     }
-    alpha = arena.take<typename T::Acc>(tile_m);
-    visible = arena.take<Range>(tile_m);
+    alpha = arena.take<typename T::Acc>(rows);
+    visible = arena.take<Range>(rows);
   }
 };
 

@@ -3,12 +3,12 @@
 //   task = (batch, head, group of rows)                     a thread's
 //     for each block of keys the group can see              ascending
 //       pack K^T and V once for the whole group
-//       for each tile of rows in the group
+//       for each tile of rows in the group                or a run of them that see the same keys
 //         S = Q K^T;  m, l, P = online softmax;  O = diag(alpha) O + P V
 //     O = diag(1 / l) O;  lse = m + log l
 //
 // A group of 512 rows shares each packed block: packing costs about 1 % of its products. Memory: per thread one packed
-// block, one score tile and the group's Q and O; nothing grows with the sequence.
+// block, the scores of a run and the group's Q and O; nothing grows with the sequence.
 #include "forward_tile.h"
 
 namespace fae::cpu {
@@ -23,8 +23,8 @@ struct GroupScratch {
   typename T::Acc* m;  // [rows], base 2
   typename T::Acc* l;  // [rows]
 
-  GroupScratch(Arena& arena, const Sizes& sizes, int tile_m, int tile_n, int rows)
-      : tile(arena, sizes, tile_m, tile_n),
+  GroupScratch(Arena& arena, const Sizes& sizes, int rows_per_product, int tile_n, int rows)
+      : tile(arena, sizes, rows_per_product, tile_n),
         q(arena.take<typename T::Op>(int64_t{rows} * T::inner(sizes.head_dim))),
         o(arena.take<typename T::Acc>(int64_t{rows} * ld_o(sizes))),
         m(arena.take<typename T::Acc>(rows)),
@@ -49,23 +49,31 @@ void run_group(const AttentionParams& p, const ForwardPlan& plan, int64_t b, int
   std::fill_n(scratch.l, rows, Acc(0));
 
   uint64_t started = 0;  // bit i: tile i has accumulated something
+  const auto has_started = [&](int m0) { return (started >> ((m0 - r0) / plan.tile_m) & 1) != 0; };
   const Range keys = mask.keys_of_rows(r0, r1);
   for (int origin = static_cast<int>(round_down(keys.begin, plan.tile_n)); origin < keys.end; origin += plan.tile_n) {
     const Range wanted = {std::max(origin, static_cast<int>(round_down(keys.begin, kColumnStep))),
                           std::min(origin + plan.tile_n, static_cast<int>(round_up(keys.end, kColumnStep)))};
     const auto block = KeyBlock<T>::load(p, b, z.kv_head(h), origin, wanted, scratch.tile);
-    for (int m0 = r0; m0 < r1; m0 += plan.tile_m) {
-      const int m_rows = std::min(plan.tile_m, r1 - m0), at = m0 - r0;
-      const Range columns = visible_columns(mask, block, m0, m0 + m_rows);
+    const auto columns_from = [&](int m0) { return visible_columns(mask, block, m0, std::min(m0 + plan.tile_m, r1)); };
+    for (int m0 = r0, m1; m0 < r1; m0 = m1) {
+      const Range columns = columns_from(m0);
+      m1 = std::min(m0 + plan.tile_m, r1);
       if (columns.empty()) continue;
+      // The tiles that follow join in where all is the same for them.
+      while (m1 < r1 && m1 - m0 < plan.rows_per_product) {
+        const Range next = columns_from(m1);
+        if (next.begin != columns.begin || next.end != columns.end || has_started(m1) != has_started(m0)) break;
+        m1 = std::min(m1 + plan.tile_m, r1);
+      }
+      const int m_rows = m1 - m0, at = m0 - r0;
       const bool rescale = score_tile<T>(p, mask, block, columns, m0, m_rows, scratch.q + int64_t{at} * d, plan.tile_m,
                                          scratch.m + at, scratch.l + at, scratch.tile);
-      const uint64_t bit = uint64_t{1} << (at / plan.tile_m);
       Acc* o = scratch.o + int64_t{at} * ld_o;
-      if (rescale && (started & bit)) ops.scale_rows(o, ld_o, m_rows, ld_o, scratch.tile.alpha);
+      if (rescale && has_started(m0)) ops.scale_rows(o, ld_o, m_rows, ld_o, scratch.tile.alpha);
       gemm(gemm_rows(m_rows, plan.tile_m), z.head_dim_v, columns.size(), scratch.tile.ld_p, block.ld_v, ld_o,
-           (started & bit) != 0, scratch.tile.p + columns.begin, block.v_row(columns.begin), o);
-      started |= bit;
+           has_started(m0), scratch.tile.p + columns.begin, block.v_row(columns.begin), o);
+      for (int row = m0; row < m1; row += plan.tile_m) started |= uint64_t{1} << ((row - r0) / plan.tile_m);
     }
   }
 
@@ -83,10 +91,10 @@ void run_group(const AttentionParams& p, const ForwardPlan& plan, int64_t b, int
 
 }  // namespace
 
-size_t forward_v2_slot_bytes(const Sizes& sizes, DType dtype, int tile_m, int tile_n, int rows) {
+size_t forward_v2_slot_bytes(const Sizes& sizes, DType dtype, int rows_per_product, int tile_n, int rows) {
   return visit_types(dtype, [&](auto types) {
     Arena arena(nullptr);
-    GroupScratch<decltype(types)>(arena, sizes, tile_m, tile_n, rows);
+    GroupScratch<decltype(types)>(arena, sizes, rows_per_product, tile_n, rows);
     return arena.used();
   });
 }
@@ -98,7 +106,7 @@ void forward_v2(const AttentionParams& p, DType dtype, const ForwardPlan& plan, 
     const int64_t groups = ceil_div(z.seqlen_q, plan.rows_per_task), heads = z.batch * z.heads;
     parallel_tasks(plan.tasks, plan.slots, [&](int slot, int64_t task) {
       Arena arena(static_cast<char*>(workspace) + slot * plan.slot_bytes);
-      GroupScratch<T> scratch(arena, z, plan.tile_m, plan.tile_n, plan.rows_per_task);
+      GroupScratch<T> scratch(arena, z, plan.rows_per_product, plan.tile_n, plan.rows_per_task);
       // The last rows first: under a causal mask they see the most keys, and the small tasks fill the gaps at the end.
       const int64_t group = groups - 1 - task / heads, bh = task % heads;
       const int r0 = static_cast<int>(group * plan.rows_per_task);

@@ -4,7 +4,8 @@
 namespace fae::cpu {
 
 ForwardPlan plan_forward(int version, const Sizes& sizes, DType dtype, int block_m, int block_n, int threads) {
-  const ForwardTile& tile = version == 1 ? kForwardV1Tile : tile_for(kForwardTiles, sizes);
+  const bool bf16 = visit_types(dtype, [](auto types) { return decltype(types)::kVnni; });
+  const ForwardTile& tile = version == 1 ? kForwardV1Tile : tile_for(bf16 ? kForwardBf16Tiles : kForwardTiles, sizes);
   ForwardPlan plan{};
   plan.tile_name = tile.name;
   plan.why = block_m > 0 ? "block_size given by the caller" : tile.why;
@@ -25,13 +26,14 @@ ForwardPlan plan_forward(int version, const Sizes& sizes, DType dtype, int block
   while (rows > plan.tile_m && threads > 1 && tasks_of(rows) < 4 * int64_t{threads})
     rows = static_cast<int>(round_up(ceil_div(rows, 2), plan.tile_m));
   plan.rows_per_task = rows;
+  plan.rows_per_product = block_m > 0 ? plan.tile_m : std::min(rows, tile.rows_per_product);
   plan.tasks = tasks_of(rows);
   plan.slots = static_cast<int>(std::clamp<int64_t>(plan.tasks, 1, threads));
   if (version == 1) {
     plan.slot_bytes = forward_v1_slot_bytes(sizes, dtype, plan.tile_m, plan.tile_n);
     plan.shared_bytes = forward_v1_shared_bytes(sizes, dtype);
   } else {
-    plan.slot_bytes = forward_v2_slot_bytes(sizes, dtype, plan.tile_m, plan.tile_n, rows);
+    plan.slot_bytes = forward_v2_slot_bytes(sizes, dtype, plan.rows_per_product, plan.tile_n, rows);
   }
   plan.workspace_bytes = plan.shared_bytes + plan.slots * plan.slot_bytes;
   return plan;
