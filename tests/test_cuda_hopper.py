@@ -389,7 +389,7 @@ def test_few_key_tiles_share_their_queries(head_dim: int, dtype: str, hopper: No
 @pytest.mark.gpu
 @pytest.mark.parametrize("head_dim", sorted(set(ROW_OF.values())))
 def test_ten_backwards_have_the_same_bits(head_dim: int, hopper: None, poisoned: None) -> None:
-    """In turn and apart without being asked; asked for it, always. And the other way comes to the same but for rounding."""
+    """In turn and apart without being asked; asked for it, always. The other way comes to the same but for rounding."""
     groups = Case(1111, 2000, head_dim, batch=1, heads=16, heads_kv=4, dtype="bfloat16")
     long = replace(groups, seqlen_q=6000, seqlen_k=6000, batch=2, heads_kv=16, causal=True)
     # In turn from the first key tile on, where query tiles are many; and four heads side by side.
