@@ -308,11 +308,13 @@ def many(head_dim: int, dtype: str) -> dict[tuple[str, str, str], Case]:
     """More key tiles than SMs, but few for each: the way to dQ, the way if deterministic, what it is."""
     long = Case(1500, 1500, head_dim, batch=1, heads=12, heads_kv=12, dtype=dtype, causal=True)
     full = Case(333, 517, head_dim, batch=3, heads=12, heads_kv=12, dtype=dtype)
+    grouped = "in turn" if ROW_OF[head_dim] <= 80 else "apart"
     return {
-        ("any order", "apart", "causal"): long,
-        ("any order", "apart", "window"): replace(long, seqlen_k=1700, causal=False, window=(900, 10)),
+        ("any order", "in turn", "causal"): long,
+        ("any order", "in turn", "window"): replace(long, seqlen_k=1700, causal=False, window=(900, 10)),
+        ("in turn", "in turn", "some tiles for each SM"): replace(long, batch=3, heads=15, heads_kv=15, seqlen_q=1300),
         ("any order", "in turn", "full"): replace(long, seqlen_q=800, causal=False),
-        ("apart", "apart", "groups"): replace(long, seqlen_q=700, seqlen_k=500, heads=24, heads_kv=12, batch=3),
+        ("apart", grouped, "groups"): replace(long, seqlen_q=700, seqlen_k=500, heads=24, heads_kv=12, batch=3),
         ("apart", "in turn", "full"): full,
         ("apart", "in turn", "window"): replace(full, window=(37, 21), scale=0.3),
         ("apart", "in turn", "causal"): replace(long, causal=False, window=(100, 0), causal_align="top-left"),
@@ -337,7 +339,7 @@ def enough(head_dim: int) -> dict[tuple[str, str, str], Case]:
     causal = Case(2048, 2048, head_dim, batch=5, heads=16, heads_kv=16, dtype="bfloat16", causal=True)
     few = "in turn" if ROW_OF[head_dim] <= 80 else "apart"  # keys of a row
     return {
-        (few if few == "in turn" else "any order", few, "causal"): causal,
+        (few if few == "in turn" else "any order", "in turn", "causal"): causal,
         ("any order", "in turn", "full"): replace(causal, seqlen_q=1111, seqlen_k=2000, causal=False),
         (few, few, "window"): replace(causal, seqlen_q=3000, seqlen_k=2000, causal=False, window=(300, 100)),
         ("any order", "in turn", "rows that see no key"): replace(
@@ -392,13 +394,13 @@ def test_ten_backwards_have_the_same_bits(head_dim: int, hopper: None, poisoned:
     """In turn and apart without being asked; asked for it, always. The other way comes to the same but for rounding."""
     groups = Case(1111, 2000, head_dim, batch=1, heads=16, heads_kv=4, dtype="bfloat16")
     long = replace(groups, seqlen_q=6000, seqlen_k=6000, batch=2, heads_kv=16, causal=True)
-    # In turn from the first key tile on, where query tiles are many; and four heads side by side.
-    ascending = replace(long, seqlen_q=15900, seqlen_k=16000, batch=1, heads=18, heads_kv=18)
-    side_by_side = replace(ascending, heads=9, heads_kv=9, causal=False)
+    # In turn, in many sections of which the last one goes the other way round; and four heads side by side.
+    sections = replace(long, seqlen_q=15900, seqlen_k=16000, batch=1, heads=18, heads_kv=18)
+    side_by_side = replace(sections, heads=9, heads_kv=9, causal=False)
     asked = (
         groups,
         long,
-        ascending,
+        sections,
         side_by_side,
         *many(head_dim, "float16").values(),
         *few(head_dim, "bfloat16").values(),

@@ -274,10 +274,10 @@ int main(int argc, char** argv) {
       failed += !run(e, small, {{1, 4, 4, 500, 510, most, most}, causal, e.dtype, false}, times);
       failed += !run(e, small, {{1, 4, 4, 500, 510, most, most}, MaskSpec{}, e.dtype, false}, times);
       failed += !run(e, small, {{1, 4, 4, 500, 800, most, most}, MaskSpec{}, e.dtype, false}, times);
-      // In turn from the first key tile on. The reference takes seconds.
-      if (e.dtype == DType::kBFloat16 && (most == 64 || most == 128)) {
+      // In turn in two sections of heads, of which the second goes the other way round. The reference takes a second.
+      if (e.dtype == DType::kBFloat16 && most <= 128) {
         small.sm_count = 1;
-        failed += !run(e, small, {{1, 1, 1, 2600, 2600, most, most}, causal, e.dtype, false}, times);
+        failed += !run(e, small, {{1, 3, 3, 1300, 1310, most, most}, causal, e.dtype, false}, times);
       }
       small.sm_count = 8;
       failed += !run(e, small, {{1, 16, 16, 250, 510, most, most}, causal, e.dtype, false}, times);

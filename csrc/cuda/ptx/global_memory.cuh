@@ -44,6 +44,10 @@ FAE_DEVICE void wait_long_acquire(const int* p, int x, const char* name) {
 FAE_DEVICE void st_release(int* p, int x) {
   asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }
+FAE_DEVICE void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+FAE_DEVICE void st_relaxed(int* p, int x) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
+}
 FAE_DEVICE void red_release(int* p, int x) {
   asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p), "r"(x) : "memory");
 }

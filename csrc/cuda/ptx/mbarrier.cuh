@@ -54,6 +54,18 @@ FAE_DEVICE bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
       : "memory");
   return done != 0;
 }
+// Whether it is complete now.
+FAE_DEVICE bool mbarrier_test_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
 // Waits until the phase of that parity is complete.
 FAE_DEVICE void mbarrier_wait(uint32_t barrier, uint32_t parity, const char* name) {
   wait_until([=] { return mbarrier_try_wait(barrier, parity); }, name, static_cast<int>(parity));

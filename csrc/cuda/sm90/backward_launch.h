@@ -16,7 +16,6 @@ struct BackwardLaunch {
   float* dq;           // [batch * heads][m_tiles][16-row slab][8-column tile][128]
   int* next_tile;      // counter from which CTAs draw key tiles, 0 at the start
   int* turns;          // [batch * heads][m_tiles], see dq_turns.cuh, 0 at the start
-  int flip;            // 0: the last key tile adds first; -1: the first one
   // Where few key tiles cannot fill the GPU, order.splits CTAs share the query tiles of each, and what they sum of dK and dV
   // is left here: [dK, dV][split][batch * heads_kv][n_tiles][16-row slab][8-column tile][128]; nullptr: one CTA has all.
   float* partials;

@@ -15,8 +15,7 @@
 //
 // dQ is summed over key tiles in global memory by fp32 reductions: in any order, into an accumulator that is cleared before
 // and converted after; or in turn (dq_turns.cuh), with the same bits in every run, where the first CTA stores and the last
-// converts. Without dQ, which another kernel then computes, the warpgroups share nothing but their inputs. lse and delta come from
-// a kernel before, or from a warp of this one (row_statistics.cuh).
+// converts; or apart, in another kernel. lse and delta come from a kernel before, or from a warp of this one (row_statistics.cuh).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -88,9 +87,11 @@ struct Backward {
     for (int index = kInTurn ? atomicAdd(launch.next_tile, 1) : blockIdx.x; index < launch.order.tiles;) {
       const TileOrder::Tile item = launch.order.at(index);
       const int b = item.head / z.heads_kv, h_kv = item.head - b * z.heads_kv, n = item.m, group = z.heads_per_kv();
-      const Range tiles = part_of(query_tiles<kM>(p.fwd.mask(b), n * kN, n * kN + kN), item.split, launch.log2_splits);
+      const int flip = kInTurn && item.turned ? -1 : 0;
+      const Range walk =
+          positions(part_of(query_tiles<kM>(p.fwd.mask(b), n * kN, n * kN + kN), item.split, launch.log2_splits), flip);
       shared.kv_ring.wait_empty(kv_at, "kv_empty");
-      shared.work[kv_at.stage] = {n, b, h_kv, item.split, tiles};
+      shared.work[kv_at.stage] = {n, b, h_kv, item.split, flip, walk};
       const uint32_t kv_full = shared.kv_ring.full_address(kv_at.stage);
       ptx::mbarrier_arrive_expect_tx(kv_full, 2 * kTile.kv_bytes());
       load_panels<kPanels, kN>(shared.k[kv_at.stage], &launch.k, kv_full, n * kN, h_kv, b);
@@ -98,7 +99,8 @@ struct Backward {
       kv_at.advance();
       for (int h = h_kv * group; h < (h_kv + 1) * group; ++h) {
         const int head = (b * z.heads + h) * launch.m_tiles;
-        for (int m = tiles.begin; m < tiles.end; ++m) {
+        for (int i = walk.begin; i < walk.end; ++i) {
+          const int m = query_tile(i, flip);
           shared.q_ring.wait_empty(q_at, "q_empty");
           const uint32_t full = shared.q_ring.full_address(q_at.stage);
           ptx::mbarrier_expect_tx(full, 2 * kTile.q_bytes() + 2 * kM * sizeof(float));
@@ -120,8 +122,8 @@ struct Backward {
 
   // A query tile whose dQ is still to be added to: its product comes with the next step.
   struct Owed {
-    int h, m;
-    float* at;  // this lane's part of the accumulator, if kCarriesAddress
+    int h, at;    // `at`: the position of its walk, see dq_turns.cuh
+    uint32_t dq;  // this lane's part of the accumulator, if kCarriesAddress, in 16 bytes: up to 64 GB
   };
 
   template <int kDqColumns>
@@ -142,11 +144,10 @@ struct Backward {
       return {at.stage == 0 ? kStages - 1 : at.stage - 1, at.stage == 0 ? at.parity ^ 1 : at.parity};
     }
 
+    FAE_DEVICE int flip() const { return kInTurn ? shared.work[kv_at.stage].flip : 0; }  // read again: registers
     FAE_DEVICE float* address_of(const Owed& owed) const {
-      if constexpr (kCarriesAddress)
-        return owed.at;
-      else
-        return sums().accumulator(owed.h, owed.m);
+      return kCarriesAddress ? launch.dq + int64_t{owed.dq} * 4
+                             : sums().accumulator(owed.h, query_tile(owed.at, flip()));
     }
 
     FAE_DEVICE uint32_t ds_rows() const {  // this warp's
@@ -207,15 +208,15 @@ struct Backward {
     }
 
     // Whether all rows of a query tile see all of this warpgroup's keys.
-    FAE_DEVICE bool is_full(int m) const {
+    FAE_DEVICE bool is_full(int i) const {
       const Work& work = shared.work[kv_at.stage];
       const IntervalMask mask = p.fwd.mask(work.b);
-      const int row = m * kM, key = work.n * kN + warpgroup * kRowsPerWarpgroup;
+      const int row = query_tile(i, flip()) * kM, key = work.n * kN + warpgroup * kRowsPerWarpgroup;
       return mask.tile_is_full(row, min(row + kM, mask.seqlen_q), key, key + kRowsPerWarpgroup);
     }
 
     template <bool kOwes>
-    FAE_DEVICE void step(Gradient& dk, Gradient& dv, int m, bool fresh, const Owed& owed) const {
+    FAE_DEVICE void step(Gradient& dk, Gradient& dv, int position, bool fresh, const Owed& owed) const {
       Scores s, dp;
       shared.q_ring.wait_full(at, "q_full");
       const uint32_t q = ptx::shared_address(shared.q[at.stage]), dout = ptx::shared_address(shared.dout[at.stage]);
@@ -241,7 +242,7 @@ struct Backward {
       const auto read_lse = [&] {
 #pragma unroll
         for (int i = 0; i < kM / 8; ++i) lse[i] = *reinterpret_cast<const float2*>(stats + 8 * i);
-        full = is_full(m);
+        full = is_full(position);
       };
       const auto read_delta = [&] {
 #pragma unroll
@@ -253,7 +254,7 @@ struct Backward {
       if (!full) {
         const Work& work = shared.work[kv_at.stage];
         const int key = work.n * kN + warpgroup * kRowsPerWarpgroup + warp * kRowsPerWarp;
-        tile::mask_scores_transposed(s, p.fwd.mask(work.b), key, m * kM, lane);
+        tile::mask_scores_transposed(s, p.fwd.mask(work.b), key, query_tile(position, flip()) * kM, lane);
       }
 #pragma unroll
       for (int i = 0; i < kM / 8; ++i) {
@@ -330,8 +331,8 @@ struct Backward {
     FAE_DEVICE bool begin_turn(const Dq& dq, const Owed& owed, const Ring<kStages>& then) const {
       shared.dq_turns.wait(then);
       const Place place = shared.place[kv_at.stage];
-      if (place.is_last(owed.m, launch.flip)) return false;
-      if (place.is_first(owed.m, launch.flip))
+      if (place.is_last(owed.at)) return false;
+      if (place.is_first(owed.at))
         sums().put(dq, address_of(owed));
       else
         sums().add(dq, address_of(owed));
@@ -343,7 +344,8 @@ struct Backward {
       if (lane == 0) shared.dq_turns.done(then.stage);
     }
     FAE_DEVICE void finish_turn(Dq& dq, const Owed& owed, const Ring<kStages>& then) const {
-      sums().finish(dq, address_of(owed), owed.h, owed.m, shared.place[kv_at.stage].is_first(owed.m, launch.flip));
+      sums().finish(dq, address_of(owed), owed.h, query_tile(owed.at, flip()),
+                    shared.place[kv_at.stage].is_first(owed.at));
       end_turn(then);
     }
 
@@ -354,31 +356,29 @@ struct Backward {
         shared.kv_ring.wait_full(kv_at, "kv_full");
         const Work work = shared.work[kv_at.stage];
         if (work.n < 0) break;
-        const IntervalMask mask = p.fwd.mask(work.b);
         const int key = work.n * kN + warpgroup * kRowsPerWarpgroup;
-        const Range all = work.tiles;
-        const Range mine = query_tiles<kM>(mask, key, key + kRowsPerWarpgroup);
+        const Range mine = positions(query_tiles<kM>(p.fwd.mask(work.b), key, key + kRowsPerWarpgroup), flip());
         bool fresh = true, owes = false;
         Owed owed{};
         const int group = z.heads_per_kv();
         for (int h = work.h_kv * group; h < (work.h_kv + 1) * group; ++h) {
-          float* dq = nullptr;
-          if constexpr (kCarriesAddress) dq = sums().accumulator(h, all.begin);
-          for (int m = all.begin; m < all.end; ++m) {
-            if (m < mine.begin || m >= mine.end) {
+          uint32_t dq =
+              kCarriesAddress ? (sums().accumulator(h, query_tile(work.walk.begin, flip())) - launch.dq) / 4 : 0;
+          for (int i = work.walk.begin; i < work.walk.end; ++i) {
+            if (i < mine.begin || i >= mine.end) {
               skip();
               if (owes) settle(owed);
             } else {
               if (owes)
-                step<true>(dk, dv, m, fresh, owed);
+                step<true>(dk, dv, i, fresh, owed);
               else
-                step<false>(dk, dv, m, fresh, owed);
+                step<false>(dk, dv, i, fresh, owed);
               fresh = false;
             }
             at.advance();
             owes = kWithDq;
-            owed = {h, m, dq};
-            if constexpr (kCarriesAddress) dq += kM * kD;
+            owed = {h, i, dq};
+            if constexpr (kCarriesAddress) dq += (flip() == 0 ? 1 : -1) * (kM * kD / 4);
           }
         }
         if (owes) settle(owed);

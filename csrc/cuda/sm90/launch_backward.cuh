@@ -52,21 +52,29 @@ inline int log2_query_splits(const cuda::Call& call, int tile_m) {
 }
 
 // Any order is the fastest where rows see many keys. With fewer, clearing and converting an fp32 dQ costs more than what avoids it:
-// at head dimensions over kNarrow two products more (apart), up to it waiting for turns, if there are key tiles enough that long
-// ones need not come last. If bits must not change, it is one of these two, whichever is faster. Measured: docs/kernels/sm90-backward.md.
-constexpr int kNarrow = 80, kFewKeys = 640, kFewKeysUnequal = 1280, kEnoughTilesPerCta = 8;
+// two products more (apart), or waiting for turns, the less the longer a step takes, which is at head dimensions up to kNarrow and
+// of 128; so too where a CTA has a few key tiles only. If bits must not change, it is one of these two, whichever is faster. Grouped
+// heads make a key tile long, and few of them: in turn they would end last. Measured: docs/kernels/sm90-backward.md.
+constexpr int kNarrow = 80, kFewKeys = 640, kFewKeysUnequal = 1280, kManyKeys = 2048;
+constexpr int kEnoughTilesPerCta = 8, kSomeTilesPerCta = 3;
 inline DqSum dq_sum(const cuda::Call& call, int tile_m, int head_dim) {
   const BackwardParams& p = call.p;
   const int64_t tiles = key_tiles(p.fwd.sizes), ctas = call.device.sm_count;
-  const bool unequal = are_unequal(p), enough = tiles >= kEnoughTilesPerCta * ctas, narrow = head_dim <= kNarrow;
-  const int keys = mean_keys(p.fwd), few = unequal ? kFewKeysUnequal : kFewKeys;
+  const bool unequal = are_unequal(p), narrow = head_dim <= kNarrow, grouped = p.fwd.sizes.heads_per_kv() > 1;
+  const bool enough = tiles >= kEnoughTilesPerCta * ctas, some = tiles >= kSomeTilesPerCta * ctas;
+  const int keys = mean_keys(p.fwd);
   if (p.deterministic) {
-    if (enough) return narrow || keys > few ? DqSum::kInTurn : DqSum::kApart;
-    const bool in_turn = unequal ? tiles <= ctas && log2_query_splits(call, tile_m) == 0 : tiles > ctas;
-    return in_turn ? DqSum::kInTurn : DqSum::kApart;
+    if (tiles <= ctas) return unequal && log2_query_splits(call, tile_m) == 0 ? DqSum::kInTurn : DqSum::kApart;
+    if (narrow) return DqSum::kInTurn;
+    if (unequal)
+      return !grouped && keys >= (head_dim == 128 ? kFewKeys / 2 : kFewKeys) ? DqSum::kInTurn : DqSum::kApart;
+    return !enough || keys > kFewKeys ? DqSum::kInTurn : DqSum::kApart;
   }
+  const int few = unequal && (narrow || grouped) ? kFewKeysUnequal : kFewKeys;
   if (narrow && enough && keys <= few) return DqSum::kInTurn;
-  return keys <= kFewKeys && tiles > ctas ? DqSum::kApart : DqSum::kAnyOrder;
+  if (unequal && !grouped && some && !enough && keys <= (head_dim % 64 == 0 ? kManyKeys : kFewKeysUnequal))
+    return DqSum::kInTurn;
+  return keys <= (narrow ? kFewKeys : few) && tiles > ctas ? DqSum::kApart : DqSum::kAnyOrder;
 }
 
 // The workspace, in this order; `base` nullptr counts only.
@@ -108,33 +116,34 @@ inline SectionBytes section_bytes(const BackwardParams& p, int64_t tokens) {
   return is_causal(p) ? unequal_tiles((tokens <= kShort ? 32 : 64) << 20) : kEqualTiles;
 }
 
-// In turn, key tiles are drawn and add in one order. From the last one on, a tile of a causal mask is behind the one before it
-// of itself; but the long ones come last, and the GPU empties. From the first one on it has to wait for some query tiles, which
-// costs less where there are many, and heads enough side by side.
-constexpr int kHeadsAscending = 16, kQueryTilesPerCta = 15;
-inline bool ascends(const cuda::Call& call, int tile_m) {
-  const Sizes& z = call.p.fwd.sizes;
-  const int64_t heads = z.batch * z.heads_kv, side_by_side = heads < kHeadsAscending ? heads : kHeadsAscending;
-  return are_unequal(call.p) && key_tiles(z) >= int64_t{kEnoughTilesPerCta} * call.device.sm_count &&
-         side_by_side * cuda::ceil_div(z.seqlen_q, tile_m) >= int64_t{kQueryTilesPerCta} * call.device.sm_count;
+// In turn, key tiles are drawn and add in one order. Under a causal mask from the last one on: a tile begins at its diagonal, where the
+// one before it has been. But then the long ones come last, and the GPU would empty: so in the last section the first key tile adds
+// first, and all walk from the last query tile to the first. There they wait for each other, but the last to come are short.
+inline bool turns_round(const cuda::Call& call) {
+  return are_unequal(call.p) && key_tiles(call.p.fwd.sizes) > call.device.sm_count;
 }
 
-// Tiles of one head wait for each other, the less the more heads share the GPU: four at least where all are equally long.
+// Tiles of one head wait for each other, the less the more heads share the GPU: four at least where all are equally long. Few heads
+// make two sections: then each CTA has tiles of both, which together are equally long.
 constexpr int kHeadsInTurn = 4;
-inline SectionBytes sections_in_turn(const BackwardParams& p, int64_t head_bytes, bool ascending) {
-  if (ascending) return {kHeadsAscending * head_bytes, 0};
+inline SectionBytes sections_in_turn(const BackwardParams& p, int64_t head_bytes, bool turns) {
+  const int64_t half = (p.fwd.sizes.batch * p.fwd.sizes.heads_kv + 1) / 2 * head_bytes;
+  if (turns) return half <= kLastInTurn ? SectionBytes{half, 0} : SectionBytes{kTilesInTurn.each, kLastInTurn};
   if (!is_causal(p) && 2 * head_bytes > kTilesInTurn.each) return {kHeadsInTurn * head_bytes, 0};
   return kTilesInTurn;
 }
 
-inline TileOrder key_tile_order(const BackwardParams& p, int tile_n, DqSum sum, int splits, bool ascending = false) {
+inline TileOrder key_tile_order(const cuda::Call& call, int tile_n, DqSum sum, int splits) {
+  const BackwardParams& p = call.p;
   const Sizes& z = p.fwd.sizes;
   const bool in_turn = sum == DqSum::kInTurn;
   // Of the query heads that share K and V, which a CTA walks one after the other, half: CTAs are not in step.
   const int64_t bytes = int64_t{4} * z.seqlen_q * z.head_dim * (z.heads_per_kv() + 1);
-  return make_tile_order(cuda::ceil_div(z.seqlen_k, tile_n), z.batch * z.heads_kv, 1, bytes, splits,
-                         in_turn && !ascending,
-                         in_turn ? sections_in_turn(p, bytes, ascending) : section_bytes(p, z.seqlen_q));
+  const bool turns = in_turn && turns_round(call);
+  TileOrder order = make_tile_order(cuda::ceil_div(z.seqlen_k, tile_n), z.batch * z.heads_kv, 1, bytes, splits, in_turn,
+                                    in_turn ? sections_in_turn(p, bytes, turns) : section_bytes(p, z.seqlen_q));
+  order.turns = turns;
+  return order;
 }
 
 inline TileOrder query_tile_order(const BackwardParams& p, int tile_m) {
@@ -299,9 +308,7 @@ cudaError_t launch_backward_v2(const cuda::Call& call, void* workspace, cudaStre
   BackwardLaunch launch{};
   cudaError_t error = fill_launch<T>(&launch, p, kTile.tile_m, kBackwardKeys);
   if (error != cudaSuccess) return error;
-  const bool ascending = ascends(call, kTile.tile_m);
-  launch.order = key_tile_order(p, kBackwardKeys, sum, splits, ascending);
-  launch.flip = ascending ? -1 : 0;
+  launch.order = key_tile_order(call, kBackwardKeys, sum, splits);
   launch.m_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_q, kTile.tile_m));
   launch.stats = space.stats;
   launch.dq = space.dq;
@@ -357,7 +364,7 @@ cudaError_t launch_backward_split(const cuda::Call& call, void* workspace, cudaS
   DkvLaunch launch{};
   cudaError_t error = fill_launch<T>(&launch, p, kTile.tile_m, kRowsPerWarpgroup);
   if (error != cudaSuccess) return error;
-  launch.order = key_tile_order(p, kRowsPerWarpgroup, DqSum::kApart, 1);
+  launch.order = key_tile_order(call, kRowsPerWarpgroup, DqSum::kApart, 1);
   launch.m_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_q, kTile.tile_m));
   launch.stats = space.stats;
   launch.next_tile = space.counters;

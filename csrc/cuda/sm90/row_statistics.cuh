@@ -117,8 +117,8 @@ struct RowStatistics {
   };
   FAE_DEVICE static Tile tile_at(int position, const Sizes& z, const StatisticsLaunch& launch) {
     const TileOrder::Tile item = launch.order.at(position);
-    int m = item.m;
-    if (launch.paired) {
+    int m = item.turned ? launch.m_tiles - 1 - item.m : item.m;
+    if (launch.paired && !item.turned) {
       const bool descends = launch.order.last_first;
       const int i = descends ? launch.m_tiles - 1 - m : m, even = (launch.m_tiles + 1) / 2, odd = launch.m_tiles / 2;
       m = i < even ? 2 * (descends ? even - 1 - i : i) : 2 * (descends ? odd - 1 - (i - even) : i - even) + 1;

@@ -17,17 +17,20 @@ struct TileOrder {
   int splits;       // of the keys of each
   int tiles;        // all
   bool last_first;  // the last rows of a head see most keys
+  bool turns;       // in the last section it is the other way round
 
   struct Tile {
     int m;
     int head;  // b * heads + h
     int split;
+    bool turned;  // of the last section, if that is the other way round
   };
   FAE_HD Tile at(int split_index) const {
     const int index = splits == 1 ? split_index : split_index / splits, split = split_index - index * splits;
     const int per_section = m_tiles * section, q = index / per_section, s = q < sections ? q : sections - 1;
     const int r = index - s * per_section, here = s == sections - 1 ? heads - s * section : section, i = r / here;
-    return {last_first ? m_tiles - 1 - i : i, s * section + (r - i * here), split};
+    const bool turned = turns && s == sections - 1;
+    return {last_first != turned ? m_tiles - 1 - i : i, s * section + (r - i * here), split, turned};
   }
 };
 
@@ -41,8 +44,10 @@ struct SectionBytes {
 constexpr int64_t kLastSectionTiles = 800;
 constexpr SectionBytes kEqualTiles = {2 << 20, 0};  // without a causal mask
 constexpr SectionBytes unequal_tiles(int64_t last) { return {8 << 20, last}; }
-// In the backward, CTAs that add to dQ in turn wait the less the more heads share the GPU.
+// In the backward, CTAs that add to dQ in turn wait the less the more heads share the GPU. The second figure is of a last section
+// that goes the other way round.
 constexpr SectionBytes kTilesInTurn = {24 << 20, 0};
+constexpr int64_t kLastInTurn = 40 << 20;
 
 // `group_bytes` of such data for each group of heads that shares them.
 inline TileOrder make_tile_order(int64_t tiles_per_head, int64_t heads, int64_t heads_per_group, int64_t group_bytes,
