@@ -360,6 +360,8 @@ def test_the_cases_take_these_ways(head_dim: int) -> None:
         pytest.skip("flash_attn_ext is built without CUDA")
     for (usual, deterministic, what), case in many(head_dim, "bfloat16").items():
         assert (way(case, False), way(case, True)) == ((usual, 1), (deterministic, 1)), what
+    huge = Case(2**20, 2**20, head_dim, batch=32, heads=8, heads_kv=8, dtype="bfloat16")  # 64 GB of sums
+    assert way(huge, False) == way(huge, True) == ("apart", 1)
     for what, case in few(head_dim, "bfloat16").items():
         usual, deterministic = way(case, False), way(case, True)
         assert (usual[0], deterministic[0]) == ("any order", "apart") and min(usual[1], deterministic[1]) > 1, what

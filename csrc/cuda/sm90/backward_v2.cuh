@@ -123,7 +123,7 @@ struct Backward {
   // A query tile whose dQ is still to be added to: its product comes with the next step.
   struct Owed {
     int h, at;    // `at`: the position of its walk, see dq_turns.cuh
-    uint32_t dq;  // this lane's part of the accumulator, if kCarriesAddress, in 16 bytes: up to 64 GB
+    uint32_t dq;  // this lane's part of the accumulator, if kCarriesAddress, in 16 bytes
   };
 
   template <int kDqColumns>

@@ -57,12 +57,15 @@ inline int log2_query_splits(const cuda::Call& call, int tile_m) {
 // heads make a key tile long, and few of them: in turn they would end last. Measured: docs/kernels/sm90-backward.md.
 constexpr int kNarrow = 80, kFewKeys = 640, kFewKeysUnequal = 1280, kManyKeys = 2048;
 constexpr int kEnoughTilesPerCta = 8, kSomeTilesPerCta = 3;
+constexpr int64_t kMostSums = int64_t{1} << 34;  // a kernel finds them by 32 bits, times four
 inline DqSum dq_sum(const cuda::Call& call, int tile_m, int head_dim) {
   const BackwardParams& p = call.p;
   const int64_t tiles = key_tiles(p.fwd.sizes), ctas = call.device.sm_count;
   const bool unequal = are_unequal(p), narrow = head_dim <= kNarrow, grouped = p.fwd.sizes.heads_per_kv() > 1;
   const bool enough = tiles >= kEnoughTilesPerCta * ctas, some = tiles >= kSomeTilesPerCta * ctas;
   const int keys = mean_keys(p.fwd);
+  const int64_t rows = p.fwd.sizes.batch * p.fwd.sizes.heads * cuda::ceil_div(p.fwd.sizes.seqlen_q, tile_m) * tile_m;
+  if (rows * head_dim >= kMostSums) return DqSum::kApart;
   if (p.deterministic) {
     if (tiles <= ctas) return unequal && log2_query_splits(call, tile_m) == 0 ? DqSum::kInTurn : DqSum::kApart;
     if (narrow) return DqSum::kInTurn;
