@@ -23,7 +23,7 @@ SPILLS = {
     # Producer, turns and statistics have 24 registers a thread: once for each tile, not for each step.
     r"\w*backward_(v2|dkv)_kernelI\w+": 48,
     # In turn there are two threads more of that kind.
-    r"\w*backward_v2_kernelI\w+DqSumE1E": 72,
+    r"\w*backward_v2_kernelI\w+DqSumE1E": 88,
     # D 96, in any order and in turn: once for each tile as well, in the warpgroups.
     r"\w*backward_v2_kernelI\w+Li2ELNS0_5DqSumE[01]E": 152,
     # D 64 apart, where two tiles of scores take 128 registers.
