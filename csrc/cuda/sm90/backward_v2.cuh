@@ -122,8 +122,8 @@ struct Backward {
 
   // A query tile whose dQ is still to be added to: its product comes with the next step.
   struct Owed {
-    int h, at;    // `at`: the position of its walk, see dq_turns.cuh
-    uint32_t dq;  // this lane's part of the accumulator, if kCarriesAddress, in 16 bytes
+    int h, at;             // `at`: the position of its walk, see dq_turns.cuh
+    SumPlace<kInTurn> dq;  // this lane's, if kCarriesAddress
   };
 
   template <int kDqColumns>
@@ -146,8 +146,7 @@ struct Backward {
 
     FAE_DEVICE int flip() const { return kInTurn ? shared.work[kv_at.stage].flip : 0; }  // read again: registers
     FAE_DEVICE float* address_of(const Owed& owed) const {
-      return kCarriesAddress ? launch.dq + int64_t{owed.dq} * 4
-                             : sums().accumulator(owed.h, query_tile(owed.at, flip()));
+      return kCarriesAddress ? owed.dq.get(launch.dq) : sums().accumulator(owed.h, query_tile(owed.at, flip()));
     }
 
     FAE_DEVICE uint32_t ds_rows() const {  // this warp's
@@ -362,8 +361,8 @@ struct Backward {
         Owed owed{};
         const int group = z.heads_per_kv();
         for (int h = work.h_kv * group; h < (work.h_kv + 1) * group; ++h) {
-          uint32_t dq =
-              kCarriesAddress ? (sums().accumulator(h, query_tile(work.walk.begin, flip())) - launch.dq) / 4 : 0;
+          SumPlace<kInTurn> dq{};
+          if constexpr (kCarriesAddress) dq.set(launch.dq, sums().accumulator(h, query_tile(work.walk.begin, flip())));
           for (int i = work.walk.begin; i < work.walk.end; ++i) {
             if (i < mine.begin || i >= mine.end) {
               skip();
@@ -378,7 +377,7 @@ struct Backward {
             at.advance();
             owes = kWithDq;
             owed = {h, i, dq};
-            if constexpr (kCarriesAddress) dq += (flip() == 0 ? 1 : -1) * (kM * kD / 4);
+            if constexpr (kCarriesAddress) dq.advance((flip() == 0 ? 1 : -1) * (kM * kD));
           }
         }
         if (owes) settle(owed);
