@@ -92,6 +92,9 @@ struct Backward {
           positions(part_of(query_tiles<kM>(p.fwd.mask(b), n * kN, n * kN + kN), item.split, launch.log2_splits), flip);
       shared.kv_ring.wait_empty(kv_at, "kv_empty");
       shared.work[kv_at.stage] = {n, b, h_kv, item.split, flip, walk};
+      for (int w = 0, key = n * kN; w < 2; ++w, key += kRowsPerWarpgroup)
+        shared.work[kv_at.stage].full[w] =
+            positions(full_query_tiles<kM>(p.fwd.mask(b), key, key + kRowsPerWarpgroup), flip);
       const uint32_t kv_full = shared.kv_ring.full_address(kv_at.stage);
       ptx::mbarrier_arrive_expect_tx(kv_full, 2 * kTile.kv_bytes());
       load_panels<kPanels, kN>(shared.k[kv_at.stage], &launch.k, kv_full, n * kN, h_kv, b);
@@ -206,14 +209,6 @@ struct Backward {
       }
     }
 
-    // Whether all rows of a query tile see all of this warpgroup's keys.
-    FAE_DEVICE bool is_full(int i) const {
-      const Work& work = shared.work[kv_at.stage];
-      const IntervalMask mask = p.fwd.mask(work.b);
-      const int row = query_tile(i, flip()) * kM, key = work.n * kN + warpgroup * kRowsPerWarpgroup;
-      return mask.tile_is_full(row, min(row + kM, mask.seqlen_q), key, key + kRowsPerWarpgroup);
-    }
-
     template <bool kOwes>
     FAE_DEVICE void step(Gradient& dk, Gradient& dv, int position, bool fresh, const Owed& owed) const {
       Scores s, dp;
@@ -241,7 +236,8 @@ struct Backward {
       const auto read_lse = [&] {
 #pragma unroll
         for (int i = 0; i < kM / 8; ++i) lse[i] = *reinterpret_cast<const float2*>(stats + 8 * i);
-        full = is_full(position);
+        const Range unmasked = shared.work[kv_at.stage].full[warpgroup];
+        full = position >= unmasked.begin && position < unmasked.end;
       };
       const auto read_delta = [&] {
 #pragma unroll

@@ -33,8 +33,9 @@ struct KeyTile {  // what a CTA works on; n = -1: there are no more
   int n;
   int b, h_kv;
   int split;
-  int flip;    // 0, or -1: from the last query tile to the first; in turn only
-  Range walk;  // positions: of this split
+  int flip;       // 0, or -1: from the last query tile to the first; in turn only
+  Range walk;     // positions: of this split
+  Range full[2];  // positions at which a warpgroup's keys are seen by all rows: no mask there
 };
 
 // Of a key tile among those that add to dQ in turn, by positions of its walk.
