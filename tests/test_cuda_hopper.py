@@ -298,7 +298,7 @@ def way(case: Case, deterministic: bool) -> tuple[str, int]:
     stats = 256 + aligned(tiles * 4) + aligned(tiles * rows * 8)  # counters, words, lse and delta
     dq, turns = aligned(tiles * rows * d * 4), aligned(tiles * 4)
     for name, bytes_ in {"apart": stats, "any order": stats + dq, "in turn": stats + dq + turns}.items():
-        for splits in (1, 2, 4, 8):
+        for splits in range(1, 17) if name == "any order" else (1, 2, 4, 8):
             if plan["workspace_bytes"] == bytes_ + (splits > 1) * 2 * splits * keys * d * 4:
                 return name, splits
     raise AssertionError(plan["workspace_bytes"])
@@ -348,6 +348,16 @@ def enough(head_dim: int) -> dict[tuple[str, str, str], Case]:
     }
 
 
+def many_heads(head_dim: int, dtype: str) -> dict[int, Case]:
+    """Groups of more than four heads, and a mask that makes tiles unequal: how many CTAs share a key tile."""
+    five = Case(800, 850, head_dim, batch=1, heads=25, heads_kv=5, dtype=dtype, causal=True)
+    return {
+        2: five,
+        3 * 2: replace(five, seqlen_q=1300, seqlen_k=1500, heads=20, heads_kv=2),  # they share its queries as well
+        4 * 2: replace(five, seqlen_q=1500, seqlen_k=1600, heads=13, heads_kv=1, causal=False, window=(1100, 30)),
+    }
+
+
 FUSED = [d for d, row in ROW_OF.items() if row <= 128]
 
 
@@ -365,6 +375,8 @@ def test_the_cases_take_these_ways(head_dim: int) -> None:
     for what, case in few(head_dim, "bfloat16").items():
         usual, deterministic = way(case, False), way(case, True)
         assert (usual[0], deterministic[0]) == ("any order", "apart") and min(usual[1], deterministic[1]) > 1, what
+    for splits, case in many_heads(head_dim, "bfloat16").items():
+        assert way(case, False) == ("any order", splits)
     for (usual, deterministic, what), case in enough(head_dim).items():
         assert (way(case, False), way(case, True)) == ((usual, 1), (deterministic, 1)), what
 
@@ -384,8 +396,8 @@ def test_gradients(head_dim: int, dtype: str, hopper: None, poisoned: None) -> N
 @pytest.mark.gpu
 @for_both_dtypes
 @pytest.mark.parametrize("head_dim", [64, 72, 96, 112, 128])
-def test_few_key_tiles_share_their_queries(head_dim: int, dtype: str, hopper: None, poisoned: None) -> None:
-    for case in few(head_dim, dtype).values():
+def test_key_tiles_that_are_shared(head_dim: int, dtype: str, hopper: None, poisoned: None) -> None:
+    for case in (*few(head_dim, dtype).values(), *many_heads(head_dim, dtype).values()):
         for deterministic in (False, True):
             harness.check_backward(case, "cuda", deterministic=deterministic)
 

@@ -56,6 +56,13 @@ struct IntervalMask {
     return {first > 0 ? first : 0, last < seqlen_q ? last : seqlen_q};
   }
 
+  // The rows that see all of the keys [n0, n1), of which there is one at least.
+  FAE_HD Range rows_seeing_all(int n0, int n1) const {
+    const int first = n1 - hi, last = n0 + 1 - lo;
+    if (n1 > seqlen_k) return {0, 0};
+    return {first > 0 ? first : 0, last < seqlen_q ? last : seqlen_q};
+  }
+
   // True when every row of [m0, m1) sees every key of [n0, n1): the tile needs no masking.
   FAE_HD bool tile_is_full(int m0, int m1, int n0, int n1) const { return begin(m1 - 1) <= n0 && n1 <= end(m0); }
 

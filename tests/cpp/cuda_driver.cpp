@@ -286,6 +286,8 @@ int main(int argc, char** argv) {
       failed += !run(e, small, {{1, 4, 4, 200, 300, most, most}, causal, e.dtype, false}, times);
       // Two key tiles, whose query tiles four CTAs share.
       failed += !run(e, device, {{1, 2, 1, 2200, 200, most, most}, MaskSpec{}, e.dtype, false}, times);
+      // Two key tiles, whose six heads two CTAs share.
+      failed += !run(e, device, {{1, 6, 1, 200, 200, most, most}, causal, e.dtype, false}, times);
     }
     ++launched;
   }

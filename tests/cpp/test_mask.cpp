@@ -37,7 +37,7 @@ std::vector<std::vector<char>> visibility(const MaskSpec& s, int sq, int sk) {
   return v;
 }
 
-// Compares all four tile functions with counts over the table. Returns false at the first difference, which the caller
+// Compares all tile functions with counts over the table. Returns false at the first difference, which the caller
 // reports: an EXPECT per tile would cost more than the test.
 bool tile_agrees(const IntervalMask& mask, const std::vector<std::vector<char>>& v, int m0, int m1, int n0, int n1) {
   const int sq = mask.seqlen_q, sk = mask.seqlen_k;
@@ -50,12 +50,16 @@ bool tile_agrees(const IntervalMask& mask, const std::vector<std::vector<char>>&
     last_key = k;
     ++keys_seen;
   }
+  bool wholes_ok = true;
   for (int q = 0; q < sq; ++q) {
-    bool sees = false;
+    bool sees = false, all = true;
     for (int k = n0; k < n1; ++k) {
       sees |= v[q][k] != 0;
+      all &= v[q][k] != 0;
       pairs += q >= m0 && q < m1 && v[q][k];
     }
+    const Range whole = mask.rows_seeing_all(n0, n1);
+    wholes_ok &= all == (whole.begin <= q && q < whole.end);
     if (!sees) continue;
     first_row = std::min(first_row, q);
     last_row = q;
@@ -67,7 +71,7 @@ bool tile_agrees(const IntervalMask& mask, const std::vector<std::vector<char>>&
   const bool rows_ok = rows_seeing == 0
                            ? rows.empty() && rows.size() == 0
                            : rows.begin == first_row && rows.end == last_row + 1 && rows.size() == rows_seeing;
-  return keys_ok && rows_ok && mask.tile_is_full(m0, m1, n0, n1) == (pairs == (m1 - m0) * (n1 - n0));
+  return keys_ok && rows_ok && wholes_ok && mask.tile_is_full(m0, m1, n0, n1) == (pairs == (m1 - m0) * (n1 - n0));
 }
 
 std::vector<MaskSpec> all_specs(int longest) {

@@ -14,11 +14,6 @@ FAE_DEVICE void cp_async_16(uint32_t shared, const void* global, bool valid) {
                : "memory");
 }
 
-// 4 bytes, both addresses on multiples of 4.
-FAE_DEVICE void cp_async_4(uint32_t shared, const void* global) {
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
-}
-
 FAE_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most kPending of this thread's groups are under way.

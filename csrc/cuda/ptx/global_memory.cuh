@@ -13,6 +13,9 @@ FAE_DEVICE void red_add_v4(float* p, float x, float y, float z, float w) {
   asm volatile("red.global.add.v4.f32 [%0], {%1,%2,%3,%4};" ::"l"(p), "f"(x), "f"(y), "f"(z), "f"(w) : "memory");
 }
 
+// The line of p comes to L2.
+FAE_DEVICE void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // ++*p; what was there before, less than 2^31. atomicAdd(p, 1) is the same, but ptxas makes one of it for all of a warp's threads
 // that come along, and has the result waited for at once.
 FAE_DEVICE int atom_increment(int* p) {

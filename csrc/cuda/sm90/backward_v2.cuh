@@ -86,18 +86,22 @@ struct Backward {
     // Who waits for a turn waits for CTAs that drew before: if all tiles are drawn, those are surely running.
     for (int index = kInTurn ? atomicAdd(launch.next_tile, 1) : blockIdx.x; index < launch.order.tiles;) {
       const TileOrder::Tile item = launch.order.at(index);
-      const int b = item.head / z.heads_kv, h_kv = item.head - b * z.heads_kv, n = item.m, group = z.heads_per_kv();
+      const int b = item.head / z.heads_kv, h_kv = item.head - b * z.heads_kv, n = item.m;
+      const Range heads = launch.heads<kAnyOrder>(h_kv, item.split, z.heads_per_kv());
       const int flip = kInTurn && item.turned ? -1 : 0;
       const Range walk =
           positions(part_of(query_tiles<kM>(p.fwd.mask(b), n * kN, n * kN + kN), item.split, launch.log2_splits), flip);
       shared.kv_ring.wait_empty(kv_at, "kv_empty");
-      shared.work[kv_at.stage] = {n, b, h_kv, item.split, flip, walk};
+      shared.work[kv_at.stage] = {n, b, h_kv, heads, item.split, flip, walk};
+      for (int w = 0, key = n * kN; w < 2; ++w, key += kRowsPerWarpgroup)
+        shared.work[kv_at.stage].full[w] =
+            positions(full_query_tiles<kM>(p.fwd.mask(b), key, key + kRowsPerWarpgroup), flip);
       const uint32_t kv_full = shared.kv_ring.full_address(kv_at.stage);
       ptx::mbarrier_arrive_expect_tx(kv_full, 2 * kTile.kv_bytes());
       load_panels<kPanels, kN>(shared.k[kv_at.stage], &launch.k, kv_full, n * kN, h_kv, b);
       load_panels<kPanels, kN>(shared.v[kv_at.stage], &launch.v, kv_full, n * kN, h_kv, b);
       kv_at.advance();
-      for (int h = h_kv * group; h < (h_kv + 1) * group; ++h) {
+      for (int h = heads.begin; h < heads.end; ++h) {
         const int head = (b * z.heads + h) * launch.m_tiles;
         for (int i = walk.begin; i < walk.end; ++i) {
           const int m = query_tile(i, flip);
@@ -122,8 +126,8 @@ struct Backward {
 
   // A query tile whose dQ is still to be added to: its product comes with the next step.
   struct Owed {
-    int h, at;    // `at`: the position of its walk, see dq_turns.cuh
-    uint32_t dq;  // this lane's part of the accumulator, if kCarriesAddress, in 16 bytes
+    int h, at;             // `at`: the position of its walk, see dq_turns.cuh
+    SumPlace<kInTurn> dq;  // this lane's, if kCarriesAddress
   };
 
   template <int kDqColumns>
@@ -146,8 +150,7 @@ struct Backward {
 
     FAE_DEVICE int flip() const { return kInTurn ? shared.work[kv_at.stage].flip : 0; }  // read again: registers
     FAE_DEVICE float* address_of(const Owed& owed) const {
-      return kCarriesAddress ? launch.dq + int64_t{owed.dq} * 4
-                             : sums().accumulator(owed.h, query_tile(owed.at, flip()));
+      return kCarriesAddress ? owed.dq.get(launch.dq) : sums().accumulator(owed.h, query_tile(owed.at, flip()));
     }
 
     FAE_DEVICE uint32_t ds_rows() const {  // this warp's
@@ -207,14 +210,6 @@ struct Backward {
       }
     }
 
-    // Whether all rows of a query tile see all of this warpgroup's keys.
-    FAE_DEVICE bool is_full(int i) const {
-      const Work& work = shared.work[kv_at.stage];
-      const IntervalMask mask = p.fwd.mask(work.b);
-      const int row = query_tile(i, flip()) * kM, key = work.n * kN + warpgroup * kRowsPerWarpgroup;
-      return mask.tile_is_full(row, min(row + kM, mask.seqlen_q), key, key + kRowsPerWarpgroup);
-    }
-
     template <bool kOwes>
     FAE_DEVICE void step(Gradient& dk, Gradient& dv, int position, bool fresh, const Owed& owed) const {
       Scores s, dp;
@@ -242,7 +237,8 @@ struct Backward {
       const auto read_lse = [&] {
 #pragma unroll
         for (int i = 0; i < kM / 8; ++i) lse[i] = *reinterpret_cast<const float2*>(stats + 8 * i);
-        full = is_full(position);
+        const Range unmasked = shared.work[kv_at.stage].full[warpgroup];
+        full = position >= unmasked.begin && position < unmasked.end;
       };
       const auto read_delta = [&] {
 #pragma unroll
@@ -360,10 +356,9 @@ struct Backward {
         const Range mine = positions(query_tiles<kM>(p.fwd.mask(work.b), key, key + kRowsPerWarpgroup), flip());
         bool fresh = true, owes = false;
         Owed owed{};
-        const int group = z.heads_per_kv();
-        for (int h = work.h_kv * group; h < (work.h_kv + 1) * group; ++h) {
-          uint32_t dq =
-              kCarriesAddress ? (sums().accumulator(h, query_tile(work.walk.begin, flip())) - launch.dq) / 4 : 0;
+        for (int h = work.heads.begin; h < work.heads.end; ++h) {
+          SumPlace<kInTurn> dq{};
+          if constexpr (kCarriesAddress) dq.set(launch.dq, sums().accumulator(h, query_tile(work.walk.begin, flip())));
           for (int i = work.walk.begin; i < work.walk.end; ++i) {
             if (i < mine.begin || i >= mine.end) {
               skip();
@@ -378,7 +373,7 @@ struct Backward {
             at.advance();
             owes = kWithDq;
             owed = {h, i, dq};
-            if constexpr (kCarriesAddress) dq += (flip() == 0 ? 1 : -1) * (kM * kD / 4);
+            if constexpr (kCarriesAddress) dq.advance((flip() == 0 ? 1 : -1) * (kM * kD));
           }
         }
         if (owes) settle(owed);

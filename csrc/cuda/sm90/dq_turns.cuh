@@ -32,9 +32,11 @@ FAE_DEVICE Range positions(const Range& m, int flip) { return flip == 0 ? m : Ra
 struct KeyTile {  // what a CTA works on; n = -1: there are no more
   int n;
   int b, h_kv;
+  Range heads;  // of queries
   int split;
-  int flip;    // 0, or -1: from the last query tile to the first; in turn only
-  Range walk;  // positions: of this split
+  int flip;       // 0, or -1: from the last query tile to the first; in turn only
+  Range walk;     // positions: of this split
+  Range full[2];  // positions at which a warpgroup's keys are seen by all rows: no mask there
 };
 
 // Of a key tile among those that add to dQ in turn, by positions of its walk.
@@ -90,8 +92,8 @@ FAE_DEVICE void for_each_turn(typename Kernel::Shared& shared, const Sizes& z, c
     if (work.n < 0) break;
     const Place place = start(work, kv_at.stage);
     shared.kv_ring.release(kv_at.stage);
-    int head = work.b * static_cast<int>(z.heads) + work.h_kv * z.heads_per_kv();
-    for (int h = z.heads_per_kv(); h > 0; --h, ++head) {
+    int head = work.b * static_cast<int>(z.heads) + work.heads.begin;
+    for (int h = work.heads.size(); h > 0; --h, ++head) {
       for (int i = work.walk.begin; i < work.walk.end; ++i) {
         step(at, launch.turns + int64_t{head} * launch.m_tiles + query_tile(i, work.flip), work, i, place.is_first(i));
         at.advance();

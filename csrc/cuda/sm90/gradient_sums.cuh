@@ -13,6 +13,22 @@
 
 namespace fae::sm90 {
 
+// What a lane adds to, carried from step to step: an address, or where registers do not suffice an index of 16 bytes.
+template <bool kIsIndex>
+struct SumPlace {
+  float* at;
+  FAE_DEVICE void set(float*, float* to) { at = to; }
+  FAE_DEVICE float* get(float*) const { return at; }
+  FAE_DEVICE void advance(int floats) { at += floats; }
+};
+template <>
+struct SumPlace<true> {
+  uint32_t at;
+  FAE_DEVICE void set(float* sums, float* to) { at = static_cast<uint32_t>((to - sums) / 4); }
+  FAE_DEVICE float* get(float* sums) const { return sums + int64_t{at} * 4; }
+  FAE_DEVICE void advance(int floats) { at += floats / 4; }
+};
+
 // A warpgroup's half of dQ of a query tile.
 template <typename T, typename Kernel, int kDqColumns>
 struct DqSums {

@@ -32,20 +32,21 @@ inline bool are_unequal(const BackwardParams& p) {
 
 inline int64_t key_tiles(const Sizes& z) { return z.batch * z.heads_kv * cuda::ceil_div(z.seqlen_k, kBackwardKeys); }
 
-// How many CTAs, as a power of two, share the query tiles of a key tile: as many as fill the GPU where key tiles alone do not,
-// if the longest key tile has kLeastQueries for each; twice as many where tiles are unequal, if it has twice that.
+// How many CTAs, as a power of two, share the query tiles of a key tile, beside those that share its heads: as many as fill the GPU
+// where key tiles alone do not, if the longest key tile has kLeastQueries for each; twice as many where tiles are unequal, if it has
+// twice that, and twice as many again where heads are shared.
 constexpr int kLeastQueries = 1024, kMostLog2Splits = 3;
-inline int log2_query_splits(const cuda::Call& call, int tile_m) {
+inline int log2_query_splits(const cuda::Call& call, int tile_m, int head_splits) {
   const Sizes& z = call.p.fwd.sizes;
-  const int64_t tiles = key_tiles(z), ctas = call.device.sm_count;
+  const int64_t tiles = key_tiles(z) * head_splits, ctas = call.device.sm_count;
   if (tiles == 0) return 0;
   const bool unequal = are_unequal(call.p);
   const int64_t rows = int64_t{mean_keys(call.p.fwd)} * z.seqlen_q / z.seqlen_k;  // that see a key, in the mean
-  const int64_t longest = rows * z.heads_per_kv() * (unequal ? 2 : 1);
+  const int64_t longest = rows * z.heads_per_kv() / head_splits * (unequal ? 2 : 1);
   int log2 = 0;
   for (int next = 1; next <= kMostLog2Splits; log2 = next++) {
     const int64_t shared = tiles << next;
-    if (shared > (unequal ? 2 : 1) * ctas || rows / tile_m >> next == 0) break;
+    if (shared > (head_splits > 1 ? 4 : unequal ? 2 : 1) * ctas || rows / tile_m >> next == 0) break;
     if (longest >> next < (shared > ctas ? 2 : 1) * kLeastQueries) break;
   }
   return log2;
@@ -67,17 +68,32 @@ inline DqSum dq_sum(const cuda::Call& call, int tile_m, int head_dim) {
   const int64_t rows = p.fwd.sizes.batch * p.fwd.sizes.heads * cuda::ceil_div(p.fwd.sizes.seqlen_q, tile_m) * tile_m;
   if (rows * head_dim >= kMostSums) return DqSum::kApart;
   if (p.deterministic) {
-    if (tiles <= ctas) return unequal && log2_query_splits(call, tile_m) == 0 ? DqSum::kInTurn : DqSum::kApart;
+    if (tiles <= ctas) return unequal && log2_query_splits(call, tile_m, 1) == 0 ? DqSum::kInTurn : DqSum::kApart;
     if (narrow) return DqSum::kInTurn;
     if (unequal)
       return !grouped && keys >= (head_dim == 128 ? kFewKeys / 2 : kFewKeys) ? DqSum::kInTurn : DqSum::kApart;
     return !enough || keys > kFewKeys ? DqSum::kInTurn : DqSum::kApart;
   }
-  const int few = unequal && (narrow || grouped) ? kFewKeysUnequal : kFewKeys;
-  if (narrow && enough && keys <= few) return DqSum::kInTurn;
-  if (unequal && !grouped && some && !enough && keys <= (head_dim % 64 == 0 ? kManyKeys : kFewKeysUnequal))
-    return DqSum::kInTurn;
-  return keys <= (narrow ? kFewKeys : few) && tiles > ctas ? DqSum::kApart : DqSum::kAnyOrder;
+  // Up to how many keys a row it pays to wait for turns, or to compute products twice.
+  int in_turn = 0, apart = tiles > ctas ? kFewKeys : 0;
+  if (narrow && enough) in_turn = unequal ? kFewKeysUnequal : kFewKeys;
+  if (unequal && !grouped && some && !enough) in_turn = head_dim % 64 == 0 ? kManyKeys : kFewKeysUnequal;
+  if (unequal && grouped && !narrow && tiles > ctas) apart = kFewKeysUnequal;
+  return keys <= in_turn ? DqSum::kInTurn : keys <= apart ? DqSum::kApart : DqSum::kAnyOrder;
+}
+
+// How many CTAs share a key tile. Where its heads are many and tiles unequal, CTAs get out of step, one head after the other, until
+// none finds in L2 what others have left there of Q, dO and dQ: so a CTA has kMostHeads of a group at most.
+constexpr int kMostHeads = 4;
+struct Splits {
+  int heads, log2_queries;
+  int all() const { return heads << log2_queries; }
+};
+inline Splits key_tile_splits(const cuda::Call& call, DqSum sum, int tile_m) {
+  const int group = call.p.fwd.sizes.heads_per_kv();
+  const bool shares_heads = sum == DqSum::kAnyOrder && are_unequal(call.p);
+  const int heads = shares_heads ? static_cast<int>(cuda::ceil_div(group, kMostHeads)) : 1;
+  return {heads, log2_query_splits(call, tile_m, heads)};
 }
 
 // The workspace, in this order; `base` nullptr counts only.
@@ -143,8 +159,12 @@ inline TileOrder key_tile_order(const cuda::Call& call, int tile_n, DqSum sum, i
   // Of the query heads that share K and V, which a CTA walks one after the other, half: CTAs are not in step.
   const int64_t bytes = int64_t{4} * z.seqlen_q * z.head_dim * (z.heads_per_kv() + 1);
   const bool turns = in_turn && turns_round(call);
+  // Grouped heads make long tiles, and few of them: the last section must suffice for the GPU to end with short ones. Not up to D 64,
+  // where it costs more than it gives (measured: docs/kernels/sm90-backward.md).
+  const bool fills = z.heads_per_kv() > 1 && z.head_dim > 64 && is_causal(p) && !in_turn;
   TileOrder order = make_tile_order(cuda::ceil_div(z.seqlen_k, tile_n), z.batch * z.heads_kv, 1, bytes, splits, in_turn,
-                                    in_turn ? sections_in_turn(p, bytes, turns) : section_bytes(p, z.seqlen_q));
+                                    in_turn ? sections_in_turn(p, bytes, turns) : section_bytes(p, z.seqlen_q),
+                                    fills ? call.device.sm_count / splits : 0);
   order.turns = turns;
   return order;
 }
@@ -268,17 +288,17 @@ cudaError_t launch_dq(const cuda::Call& call, const BackwardWorkspace& space, in
 
 constexpr int64_t kMostTiles = int64_t{1} << 31;
 
-inline bool too_many_tiles(const Sizes& z, int tile_m, int tile_n) {
-  return z.batch * z.heads_kv * cuda::ceil_div(z.seqlen_k, tile_n) >= kMostTiles ||
+inline bool too_many_tiles(const Sizes& z, int tile_m, int tile_n, int splits) {
+  return z.batch * z.heads_kv * cuda::ceil_div(z.seqlen_k, tile_n) * splits >= kMostTiles ||
          z.batch * z.heads * cuda::ceil_div(z.seqlen_q, tile_m) >= kMostTiles;
 }
 
 template <int kRow>
 size_t backward_v2_workspace(const cuda::Call& call) {
   constexpr BackwardTile kTile = kBackwardTiles[kRow];
-  return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, dq_sum(call, kTile.tile_m, kTile.head_dim),
-                                    1 << log2_query_splits(call, kTile.tile_m), call.p, nullptr)
-      .bytes;
+  const DqSum sum = dq_sum(call, kTile.tile_m, kTile.head_dim);
+  const int splits = key_tile_splits(call, sum, kTile.tile_m).all();
+  return BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, sum, splits, call.p, nullptr).bytes;
 }
 
 template <typename T, int kRow, DqSum kSum>
@@ -303,10 +323,11 @@ cudaError_t launch_backward_v2(const cuda::Call& call, void* workspace, cudaStre
   const BackwardParams& p = call.p;
   const Sizes& z = p.fwd.sizes;
   const DqSum sum = dq_sum(call, kTile.tile_m, kTile.head_dim);
-  const int log2_splits = log2_query_splits(call, kTile.tile_m), splits = 1 << log2_splits;
+  const Splits shares = key_tile_splits(call, sum, kTile.tile_m);
+  const int splits = shares.all();
   const BackwardWorkspace space =
       BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, sum, splits, p, static_cast<char*>(workspace));
-  if (too_many_tiles(z, kTile.tile_m, kBackwardKeys)) return cudaErrorInvalidConfiguration;
+  if (too_many_tiles(z, kTile.tile_m, kBackwardKeys, splits)) return cudaErrorInvalidConfiguration;
 
   BackwardLaunch launch{};
   cudaError_t error = fill_launch<T>(&launch, p, kTile.tile_m, kBackwardKeys);
@@ -317,7 +338,8 @@ cudaError_t launch_backward_v2(const cuda::Call& call, void* workspace, cudaStre
   launch.dq = space.dq;
   launch.turns = space.turns;
   launch.partials = space.partials;
-  launch.log2_splits = log2_splits;
+  launch.log2_splits = shares.log2_queries;
+  launch.heads_each = static_cast<int>(cuda::ceil_div(z.heads_per_kv(), shares.heads));
   launch.n_tiles = static_cast<int>(cuda::ceil_div(z.seqlen_k, kBackwardKeys));
   launch.next_tile = space.counters;
   error = launch_statistics<T>(&launch.statistics, call, space, sum, launch.order, kTile.tile_m, kBackwardKeys,
@@ -363,7 +385,7 @@ cudaError_t launch_backward_split(const cuda::Call& call, void* workspace, cudaS
   const Sizes& z = p.fwd.sizes;
   const BackwardWorkspace space =
       BackwardWorkspace::lay_out(kTile.tile_m, kTile.head_dim, DqSum::kApart, 1, p, static_cast<char*>(workspace));
-  if (too_many_tiles(z, kTile.tile_m, kRowsPerWarpgroup)) return cudaErrorInvalidConfiguration;
+  if (too_many_tiles(z, kTile.tile_m, kRowsPerWarpgroup, 1)) return cudaErrorInvalidConfiguration;
   DkvLaunch launch{};
   cudaError_t error = fill_launch<T>(&launch, p, kTile.tile_m, kRowsPerWarpgroup);
   if (error != cudaSuccess) return error;

@@ -18,7 +18,6 @@
 #include "../../core/params.h"
 #include "../../core/softmax.h"
 #include "../ptx/control.cuh"
-#include "../ptx/cp_async.cuh"
 #include "../ptx/global_memory.cuh"
 #include "../ptx/mbarrier.cuh"
 #include "../ptx/shared_memory.cuh"
@@ -73,9 +72,9 @@ struct RowStatistics {
   using Pieces = uint8_t[kStages][kStatisticsPieceBytes];
   struct State {
     uint64_t full[kStages];
-    float sums[kM], lse[kM];  // of a tile
-    int b, h, row;            // what is copied next
-    int tile;                 // what is summed
+    float sums[kM];  // of a tile
+    int b, h, row;   // what is copied next
+    int tile;        // what is summed
 
     FAE_DEVICE void init() {
       for (int i = 0; i < kStages; ++i) ptx::mbarrier_init(ptx::shared_address(&full[i]), 1);
@@ -117,6 +116,7 @@ struct RowStatistics {
   };
   FAE_DEVICE static Tile tile_at(int position, const Sizes& z, const StatisticsLaunch& launch) {
     const TileOrder::Tile item = launch.order.at(position);
+    // In a turned section key tiles come from the first one on, but all walk from the last query tile on.
     int m = item.turned ? launch.m_tiles - 1 - item.m : item.m;
     if (launch.paired && !item.turned) {
       const bool descends = launch.order.last_first;
@@ -177,23 +177,25 @@ struct RowStatistics {
     }
   }
 
-  // lse of a tile's rows on their way to shared memory, in registers' stead. What does not exist is not touched.
-  FAE_DEVICE static void fetch_lse(State& state, const AttentionParams& p, int tile, int m_tiles, int lane) {
+  // lse of a tile's rows on their way to L2. (A cp.async to shared memory, anywhere in a kernel, makes ptxas put four idle loads
+  // before each of its fences.) What does not exist is not touched.
+  FAE_DEVICE static void fetch_lse(const AttentionParams& p, int tile, int m_tiles, int lane) {
     const int head = tile / m_tiles, b = head / p.sizes.heads, h = head - b * p.sizes.heads;
     const int row = (tile - head * m_tiles) * kM + lane;
     const float* from = p.lse.row<const float>(b, h, row);
     for (int i = 0; i < kM / 32; ++i, from += 32)
-      if (row + 32 * i < p.seq(b).seqlen_q) ptx::cp_async_4(ptx::shared_address(&state.lse[32 * i + lane]), from);
-    ptx::cp_async_commit();
+      if (row + 32 * i < p.seq(b).seqlen_q) ptx::prefetch_l2(from);
   }
 
   FAE_DEVICE static void write(State& state, const BackwardParams& p, const StatisticsLaunch& launch, int tile,
                                int lane) {
     const int head = tile / launch.m_tiles, b = head / p.fwd.sizes.heads, h = head - b * p.fwd.sizes.heads;
     const int row = (tile - head * launch.m_tiles) * kM;
-    for (int r = lane; r < kM; r += 32)
-      write_row(launch.stats + int64_t{tile} * (2 * kM) + r, state.sums[r], state.lse[r],
-                row + r < p.fwd.seq(b).seqlen_q, p, b, h, row + r);
+    for (int r = lane; r < kM; r += 32) {
+      const bool exists = row + r < p.fwd.seq(b).seqlen_q;
+      const float lse = exists ? *p.fwd.lse.row<const float>(b, h, row + r) : softmax<float>::neg_inf();
+      write_row(launch.stats + int64_t{tile} * (2 * kM) + r, state.sums[r], lse, exists, p, b, h, row + r);
+    }
   }
 
   FAE_DEVICE static int draw(const StatisticsLaunch& launch) {
@@ -233,7 +235,7 @@ struct RowStatistics {
       for (int i = 0; i < kStages; ++i) copy(state, pieces, i, launch);
     while (next >= 0) {  // whose rows are copied: of the tile that is summed until kStages pieces are left
       if (lane == 0) state.tile = next;
-      fetch_lse(state, p.fwd, next, launch.m_tiles, lane);
+      fetch_lse(p.fwd, next, launch.m_tiles, lane);
 #pragma unroll 1
       for (int i = 0; i < kSteps; ++i) {
         const int stage = i % kStages;
@@ -244,8 +246,6 @@ struct RowStatistics {
         if (i == kSteps - kStages) next = begin(state, p.fwd.sizes, launch, drawn, lane);
         if (next >= 0 && lane == 0) copy(state, pieces, stage, launch);
       }
-      ptx::cp_async_wait<0>();
-      __syncwarp();
       const int tile = state.tile;
       write(state, p, launch, tile, lane);
       clear(launch, int64_t{tile} * kM, kM, lane);

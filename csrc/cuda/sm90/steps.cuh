@@ -40,9 +40,17 @@ FAE_DEVICE Range query_tiles(const IntervalMask& mask, int key, int end) {
   return {rows.begin / kM, (rows.end + kM - 1) / kM};
 }
 
-// The part of a range that one of 2^log2_splits splits has.
+// The tiles of kM queries of which every row sees all keys of [key, end).
+template <int kM>
+FAE_DEVICE Range full_query_tiles(const IntervalMask& mask, int key, int end) {
+  const Range rows = mask.rows_seeing_all(key, end);
+  return {(rows.begin + kM - 1) / kM, (rows.end == mask.seqlen_q ? rows.end + kM - 1 : rows.end) / kM};
+}
+
+// The part of a range that one of 2^log2_splits splits has; further bits of `split` name another share.
 FAE_DEVICE Range part_of(const Range& all, int split, int log2_splits) {
   const int size = all.size();
+  split &= (1 << log2_splits) - 1;
   return {all.begin + (size * split >> log2_splits), all.begin + (size * (split + 1) >> log2_splits)};
 }
 

@@ -49,21 +49,24 @@ constexpr SectionBytes unequal_tiles(int64_t last) { return {8 << 20, last}; }
 constexpr SectionBytes kTilesInTurn = {24 << 20, 0};
 constexpr int64_t kLastInTurn = 40 << 20;
 
-// `group_bytes` of such data for each group of heads that shares them.
+// `group_bytes` of such data for each group of heads that shares them. A section has about `least_tiles`, the last one half as many
+// more, whatever their bytes: of so many CTAs, all work on a section's heads even if each has one alone.
 inline TileOrder make_tile_order(int64_t tiles_per_head, int64_t heads, int64_t heads_per_group, int64_t group_bytes,
-                                 int splits, bool last_first, SectionBytes bytes) {
+                                 int splits, bool last_first, SectionBytes bytes, int64_t least_tiles = 0) {
   TileOrder order{};
   order.m_tiles = static_cast<int>(tiles_per_head);
   order.heads = static_cast<int>(heads);
   order.splits = splits;
   order.tiles = static_cast<int>(tiles_per_head * heads * splits);
   order.last_first = last_first;
-  const int64_t groups = bytes.each / group_bytes;
+  const int64_t fit = bytes.each / group_bytes, fill = least_tiles / (tiles_per_head * heads_per_group);
+  const int64_t groups = fit > fill ? fit : fill;
   const int64_t section = (groups > 1 ? groups : 1) * heads_per_group;
   order.section = static_cast<int>(section < heads ? section : heads);
   int64_t last = heads % order.section == 0 ? order.section : heads % order.section;
   const int64_t allowed = bytes.last / group_bytes * heads_per_group, most = allowed < heads ? allowed : heads;
   while (last * tiles_per_head < kLastSectionTiles && last + order.section <= most) last += order.section;
+  while (2 * last * tiles_per_head < 3 * least_tiles && last + order.section <= heads) last += order.section;
   order.sections = static_cast<int>((heads - last) / order.section) + 1;
   return order;
 }
