@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -61,6 +62,11 @@ def length(n: int) -> str:
     return f"{n // 1024}k" if n >= 1024 else str(n)
 
 
+def digits(x: float, n: int) -> str:
+    """n significant ones."""
+    return f"{x:#.{n}g}".rstrip(".")
+
+
 def by_length(found: Grid, text: Callable[[Cell], str], label: str = "") -> list[list[str]]:
     return [
         [f"{label}D{d} {'causal' if causal else 'full'}", *(text(found[d, causal, n]) for n in LENGTHS)]
@@ -79,6 +85,27 @@ def h100() -> str:
     return markdown(["sequence", *map(length, LENGTHS)], rows)
 
 
+def summary() -> str:
+    """Geometric mean of the multiples of a peer's speed over all cells, least and most, cells at 1 or above."""
+    names = {"cudnn": "cuDNN", "fa2": "FlashAttention-2", "fa3": "FlashAttention-3", "fa4": "FlashAttention-4"}
+    grids = {
+        "forward": grid("fwd"),
+        "backward": grid("bwd"),
+        "backward, deterministic": grid_of("bench_h100_deterministic_cuda.json"),
+    }
+
+    def text(found: Grid, peer: str) -> str:
+        ratios = [ratio for cell in found.values() if (ratio := over(cell, peer)) is not None]
+        if not ratios:
+            return ""
+        at_least = sum(ratio >= 1 for ratio in ratios)
+        spread = f"{min(ratios):.3f} to {max(ratios):.2f}"
+        return f"{statistics.geometric_mean(ratios):.2f} ({spread}), {at_least} of {len(ratios)}"
+
+    lines = [[name, *(text(found, peer) for peer in names)] for name, found in grids.items()]
+    return markdown(["", *names.values()], lines)
+
+
 def beyond() -> str:
     """TFLOP/s and the multiple of cuDNN's speed, which PyTorch gives no windows."""
     keys = ("head_dim", "seqlen_q", "batch", "heads", "heads_kv", "window")
@@ -94,6 +121,21 @@ def beyond() -> str:
         return f"D{head_dim}, {length(n)}, batch {batch}, {heads} head{'s'[: heads > 1]}{grouped}{masked}"
 
     lines = [[name(*key), text["fwd"], text["bwd"]] for key, text in rows.items()]
+    return markdown(["", "forward", "backward"], lines)
+
+
+def grouped() -> str:
+    """TFLOP/s and the multiples of the speed of cuDNN and FlashAttention-2."""
+    keys = ("head_dim", "seqlen_q", "batch", "heads", "heads_kv")
+    rows: dict[tuple, dict[str, str]] = {}
+    for cell in cells("bench_grouped_cuda.json"):
+        ours = cell[OURS]
+        text = f"{ours['tflops']:.0f}, {times(over(cell, 'cudnn'))}, {times(over(cell, 'fa2'))}"
+        rows.setdefault(tuple(ours[key] for key in keys), {})[ours["direction"]] = text
+    lines = [
+        [f"D{d}, {length(n)}, batch {batch}, {heads} heads, {heads_kv} of keys", text["fwd"], text["bwd"]]
+        for (d, n, batch, heads, heads_kv), text in rows.items()
+    ]
     return markdown(["", "forward", "backward"], lines)
 
 
@@ -152,6 +194,67 @@ def train_step() -> str:
     return markdown(["", *map(length, seqlens)], lines)
 
 
+def origin() -> str:
+    """Microseconds a call, and how many times naive's speed; in a graph the GPU alone counts."""
+    ms: dict[tuple[int, ...], dict[str, dict[str, float]]] = {}
+    for row in json.loads((RESULTS / "origin_tables_cuda.json").read_text())["time"]:
+        ms.setdefault(tuple(row["shape"]), {})[row["protocol"]] = row["ms"]
+
+    def text(by: dict[str, float]) -> list[str]:
+        us = ", ".join(digits(by[impl] * 1e3, 3) for impl in ("naive", "v1", "v2"))
+        return [us, ", ".join(times(by["naive"] / by[impl]) for impl in ("v1", "v2"))]
+
+    protocols = ("original's: 100 calls, one sync", "CUDA graph of 20 calls")
+    lines = [[str(shape), *(x for protocol in protocols for x in text(by[protocol]))] for shape, by in ms.items()]
+    ratio = "v1, v2 over naive"
+    return markdown(
+        ["(B, S, D)", "naive, v1, v2 as plain calls", ratio, "naive, v1, v2 in a graph", ratio],
+        lines,
+    )
+
+
+def call_cost() -> str:
+    """Microseconds; the samples spread, so the least stands beside the median."""
+    wanted = (
+        "flash_attention, no gradient wanted",
+        "flash_attention, graph recorded",
+        "operator below autograd",
+        "backward alone, autograd.grad",
+        "SDPA, no gradient wanted",
+        "SDPA, graph recorded",
+        "SDPA, backward alone, autograd.grad",
+    )
+    rows = {row["call"]: row for row in json.loads((RESULTS / "call_cost_cuda.json").read_text())["rows"]}
+    lines = [[call, f"{rows[call]['us']:.1f}", f"{rows[call]['us_min']:.1f}"] for call in wanted]
+    return markdown(["call", "us, median", "least"], lines)
+
+
+def traffic(batch: int) -> str:
+    """Version 1: milliseconds, and GB by the profiler beside the formula's."""
+    rows = [row for row in json.loads((RESULTS / "v1_traffic_cuda.json").read_text())["rows"] if row["batch"] == batch]
+
+    def gb(count: int) -> str:
+        return digits(count / 1e9, 4)
+
+    lines = []
+    for row in rows:
+        formula, hbm = row["formula_read"] + row["formula_write"], row["dram_read"] + row["dram_write"]
+        lines.append(
+            [
+                "{} x {}".format(*row["block_size"]),
+                digits(row["ms"], 4),
+                f"{gb(row['l2_read'])}, {gb(row['formula_read'])}",
+                f"{gb(row['l2_write'])}, {gb(row['formula_write'])}",
+                f"{(row['l2_read'] + row['l2_write']) / formula:.3f}",
+                gb(hbm),
+                f"{hbm / formula:.3f}",
+            ]
+        )
+    first = "B {batch}, H {heads}, S {seqlen}, D {head_dim}; G {groups}".format(**rows[0])
+    columns = [first, "ms", "read, formula", "written, formula", "sum over formula", "HBM", "HBM over formula"]
+    return markdown(columns, lines)
+
+
 def detail(direction: str) -> str:
     """The grid with every peer, power and use of the tensor cores."""
     names = {"cudnn": "cuDNN", "fa2": "FA2", "fa3": "FA3", "fa4": "FA4", "deterministic": "deterministic"}
@@ -167,11 +270,17 @@ def detail(direction: str) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "h100": ("README.md", h100),
+    "h100-summary": ("README.md", summary),
     "beyond": ("README.md", beyond),
+    "grouped": ("README.md", grouped),
     "decode": ("README.md", decode),
     "train-step": ("README.md", train_step),
     "fp32": ("README.md", fp32),
+    "origin": ("README.md", origin),
+    "call-cost-h100": ("README.md", call_cost),
     "sm80": ("docs/kernels/sm80.md", sm80),
+    "v1-traffic-16": ("docs/kernels/sm80.md", lambda: traffic(16)),
+    "v1-traffic-1": ("docs/kernels/sm80.md", lambda: traffic(1)),
     "grid-forward": ("docs/kernels/sm90-forward.md", lambda: detail("fwd")),
     "grid-backward": ("docs/kernels/sm90-backward.md", lambda: detail("bwd")),
     "grid-deterministic": ("docs/kernels/sm90-backward.md", deterministic),
