@@ -332,6 +332,7 @@ std::vector<std::string> check_core_on_cuda(int count) {
     const auto same = [](float a, float b) { return a == b || std::fabs(a - b) <= 1e-5f * std::fabs(b); };
     if (host.visible != device.visible || host.key_begin != device.key_begin || host.key_end != device.key_end ||
         host.row_begin != device.row_begin || host.row_end != device.row_end ||
+        host.whole_begin != device.whole_begin || host.whole_end != device.whole_end ||
         host.tile_is_full != device.tile_is_full || host.dropout_half != device.dropout_half)
       differences.push_back("probe " + std::to_string(i) + ": mask or dropout differs");
     if (!same(host.rescale, device.rescale) || !same(host.inverse_sum, device.inverse_sum) ||

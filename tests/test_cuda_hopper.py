@@ -315,6 +315,9 @@ def many(head_dim: int, dtype: str) -> dict[tuple[str, str, str], Case]:
         ("in turn", "in turn", "some tiles for each SM"): replace(long, batch=3, heads=15, heads_kv=15, seqlen_q=1300),
         ("any order", "in turn", "full"): replace(long, seqlen_q=800, causal=False),
         ("apart", grouped, "groups"): replace(long, seqlen_q=700, seqlen_k=500, heads=24, heads_kv=12, batch=3),
+        ("apart", grouped, "rows see no key in the mean"): replace(
+            long, batch=3, heads=24, heads_kv=24, seqlen_q=2600, seqlen_k=256
+        ),
         ("apart", "in turn", "full"): full,
         ("apart", "in turn", "window"): replace(full, window=(37, 21), scale=0.3),
         ("apart", "in turn", "causal"): replace(long, causal=False, window=(100, 0), causal_align="top-left"),

@@ -16,7 +16,7 @@ struct CoreProbe {
   uint32_t philox_row, philox_col;
 };
 struct CoreAnswer {
-  int visible, key_begin, key_end, row_begin, row_end, tile_is_full;
+  int visible, key_begin, key_end, row_begin, row_end, whole_begin, whole_end, tile_is_full;
   uint32_t dropout_half;
   float rescale, inverse_sum, lse, lse_base2;
 };
@@ -37,6 +37,7 @@ namespace fae::cuda {
 FAE_HD CoreAnswer answer_core_probe(const CoreProbe& p) {
   const IntervalMask mask = IntervalMask::make(p.spec, p.seqlen_q, p.seqlen_k);
   const Range keys = mask.keys_of_rows(p.row, p.rows_end), rows = mask.rows_of_keys(p.key, p.keys_end);
+  const Range whole = mask.rows_seeing_all(p.key, p.keys_end);
   const Dropout dropout{{0x0123456789abcdefull, 0xfedcba9876543210ull}, 1u};
   using rules = softmax<float>;
   CoreAnswer a;
@@ -45,6 +46,8 @@ FAE_HD CoreAnswer answer_core_probe(const CoreProbe& p) {
   a.key_end = keys.end;
   a.row_begin = rows.begin;
   a.row_end = rows.end;
+  a.whole_begin = whole.begin;
+  a.whole_end = whole.end;
   a.tile_is_full = mask.tile_is_full(p.row, p.rows_end, p.key, p.keys_end);
   a.dropout_half = dropout.words(7u, p.philox_row, p.philox_col).half(Dropout::half_index(p.philox_row, p.philox_col));
   a.rescale = rules::rescale(p.m_old, p.m_new);

@@ -75,7 +75,7 @@ inline DqSum dq_sum(const cuda::Call& call, int tile_m, int head_dim) {
     return !enough || keys > kFewKeys ? DqSum::kInTurn : DqSum::kApart;
   }
   // Up to how many keys a row it pays to wait for turns, or to compute products twice.
-  int in_turn = 0, apart = tiles > ctas ? kFewKeys : 0;
+  int in_turn = -1, apart = tiles > ctas ? kFewKeys : -1;
   if (narrow && enough) in_turn = unequal ? kFewKeysUnequal : kFewKeys;
   if (unequal && !grouped && some && !enough) in_turn = head_dim % 64 == 0 ? kManyKeys : kFewKeysUnequal;
   if (unequal && grouped && !narrow && tiles > ctas) apart = kFewKeysUnequal;

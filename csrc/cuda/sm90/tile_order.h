@@ -59,7 +59,8 @@ inline TileOrder make_tile_order(int64_t tiles_per_head, int64_t heads, int64_t 
   order.splits = splits;
   order.tiles = static_cast<int>(tiles_per_head * heads * splits);
   order.last_first = last_first;
-  const int64_t fit = bytes.each / group_bytes, fill = least_tiles / (tiles_per_head * heads_per_group);
+  const int64_t fit = bytes.each / group_bytes;
+  const int64_t fill = tiles_per_head == 0 ? 0 : least_tiles / (tiles_per_head * heads_per_group);
   const int64_t groups = fit > fill ? fit : fill;
   const int64_t section = (groups > 1 ? groups : 1) * heads_per_group;
   order.section = static_cast<int>(section < heads ? section : heads);
