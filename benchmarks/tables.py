@@ -14,6 +14,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from flash_attn_ext.cli import _record
 from flash_attn_ext.cli._peers import OURS
@@ -32,6 +33,11 @@ Cell = dict[str, Row]  # one row for each implementation
 
 def cells(name: str) -> list[Cell]:
     return list(_record.by_cell(_record.load(RESULTS / name)["rows"]).values())
+
+
+def figures(name: str, part: str = "rows") -> list[dict[str, Any]]:
+    """Of a record that is not the benchmark's."""
+    return json.loads((RESULTS / name).read_text())[part]
 
 
 Grid = dict[tuple[int, bool, int], Cell]
@@ -106,13 +112,13 @@ def summary() -> str:
     return markdown(["", *names.values()], lines)
 
 
-def beyond() -> str:
-    """TFLOP/s and the multiple of cuDNN's speed, which PyTorch gives no windows."""
+def by_shape(record: str, *peers: str) -> str:
+    """TFLOP/s and the multiples of the peers' speed; PyTorch gives cuDNN no windows."""
     keys = ("head_dim", "seqlen_q", "batch", "heads", "heads_kv", "window")
     rows: dict[tuple, dict[str, str]] = {}
-    for cell in cells("bench_beyond_cuda.json"):
-        ours, ratio = cell[OURS], over(cell, "cudnn")
-        text = f"{ours['tflops']:.0f}" + (f", {times(ratio)}" if ratio else "")
+    for cell in cells(record):
+        ours, ratios = cell[OURS], [over(cell, peer) for peer in peers]
+        text = ", ".join([f"{ours['tflops']:.0f}", *(times(ratio) for ratio in ratios if ratio)])
         rows.setdefault(tuple(ours[key] for key in keys), {})[ours["direction"]] = text
 
     def name(head_dim: int, n: int, batch: int, heads: int, heads_kv: int, window: int | None) -> str:
@@ -121,21 +127,6 @@ def beyond() -> str:
         return f"D{head_dim}, {length(n)}, batch {batch}, {heads} head{'s'[: heads > 1]}{grouped}{masked}"
 
     lines = [[name(*key), text["fwd"], text["bwd"]] for key, text in rows.items()]
-    return markdown(["", "forward", "backward"], lines)
-
-
-def grouped() -> str:
-    """TFLOP/s and the multiples of the speed of cuDNN and FlashAttention-2."""
-    keys = ("head_dim", "seqlen_q", "batch", "heads", "heads_kv")
-    rows: dict[tuple, dict[str, str]] = {}
-    for cell in cells("bench_grouped_cuda.json"):
-        ours = cell[OURS]
-        text = f"{ours['tflops']:.0f}, {times(over(cell, 'cudnn'))}, {times(over(cell, 'fa2'))}"
-        rows.setdefault(tuple(ours[key] for key in keys), {})[ours["direction"]] = text
-    lines = [
-        [f"D{d}, {length(n)}, batch {batch}, {heads} heads, {heads_kv} of keys", text["fwd"], text["bwd"]]
-        for (d, n, batch, heads, heads_kv), text in rows.items()
-    ]
     return markdown(["", "forward", "backward"], lines)
 
 
@@ -187,7 +178,7 @@ def train_step() -> str:
     """Milliseconds a step."""
     names = {OURS: "ours", "deterministic": "deterministic", "cudnn": "cuDNN", "fa2": "FlashAttention-2"}
     ms: dict[tuple[int, str], dict[int, float]] = {}
-    for row in json.loads((RESULTS / "train_step_cuda.json").read_text())["rows"]:
+    for row in figures("train_step_cuda.json"):
         ms.setdefault((row["head_dim"], row["impl"]), {})[row["seq_len"]] = row["ms"]
     seqlens = sorted({n for by_length in ms.values() for n in by_length})
     lines = [[f"D{d}, {names[impl]}", *(f"{by[n]:.0f}" for n in seqlens)] for (d, impl), by in ms.items()]
@@ -197,7 +188,7 @@ def train_step() -> str:
 def origin() -> str:
     """Microseconds a call, and how many times naive's speed; in a graph the GPU alone counts."""
     ms: dict[tuple[int, ...], dict[str, dict[str, float]]] = {}
-    for row in json.loads((RESULTS / "origin_tables_cuda.json").read_text())["time"]:
+    for row in figures("origin_tables_cuda.json", "time"):
         ms.setdefault(tuple(row["shape"]), {})[row["protocol"]] = row["ms"]
 
     def text(by: dict[str, float]) -> list[str]:
@@ -224,14 +215,14 @@ def call_cost() -> str:
         "SDPA, graph recorded",
         "SDPA, backward alone, autograd.grad",
     )
-    rows = {row["call"]: row for row in json.loads((RESULTS / "call_cost_cuda.json").read_text())["rows"]}
+    rows = {row["call"]: row for row in figures("call_cost_cuda.json")}
     lines = [[call, f"{rows[call]['us']:.1f}", f"{rows[call]['us_min']:.1f}"] for call in wanted]
     return markdown(["call", "us, median", "least"], lines)
 
 
 def traffic(batch: int) -> str:
     """Version 1: milliseconds, and GB by the profiler beside the formula's."""
-    rows = [row for row in json.loads((RESULTS / "v1_traffic_cuda.json").read_text())["rows"] if row["batch"] == batch]
+    rows = [row for row in figures("v1_traffic_cuda.json") if row["batch"] == batch]
 
     def gb(count: int) -> str:
         return digits(count / 1e9, 4)
@@ -271,8 +262,8 @@ def detail(direction: str) -> str:
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
     "h100": ("README.md", h100),
     "h100-summary": ("README.md", summary),
-    "beyond": ("README.md", beyond),
-    "grouped": ("README.md", grouped),
+    "beyond": ("README.md", lambda: by_shape("bench_beyond_cuda.json", "cudnn")),
+    "grouped": ("README.md", lambda: by_shape("bench_grouped_cuda.json", "cudnn", "fa2")),
     "decode": ("README.md", decode),
     "train-step": ("README.md", train_step),
     "fp32": ("README.md", fp32),

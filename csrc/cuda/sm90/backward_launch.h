@@ -16,8 +16,9 @@ struct BackwardLaunch {
   float* dq;           // [batch * heads][m_tiles][16-row slab][8-column tile][128]
   int* next_tile;      // counter from which CTAs draw key tiles, 0 at the start
   int* turns;          // [batch * heads][m_tiles], see dq_turns.cuh, 0 at the start
-  // order.splits CTAs share a key tile. Where few key tiles cannot fill the GPU, 2^log2_splits of them share its query tiles; where a
-  // group is large, each has heads_each of its heads. What they sum of dK and dV is left here: [dK, dV][split][batch * heads_kv][n_tiles][16-row slab][8-column tile][128]; nullptr: one CTA has all.
+  // order.splits CTAs share a key tile. Where few key tiles cannot fill the GPU, 2^log2_splits of them share its query tiles; where
+  // a group is large, each has heads_each of its heads. What they sum of dK and dV is left here:
+  // [dK, dV][split][batch * heads_kv][n_tiles][16-row slab][8-column tile][128]; nullptr: one CTA has all.
   float* partials;
   int log2_splits, heads_each;
   StatisticsLaunch statistics;

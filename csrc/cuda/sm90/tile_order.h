@@ -49,8 +49,8 @@ constexpr SectionBytes unequal_tiles(int64_t last) { return {8 << 20, last}; }
 constexpr SectionBytes kTilesInTurn = {24 << 20, 0};
 constexpr int64_t kLastInTurn = 40 << 20;
 
-// `group_bytes` of such data for each group of heads that shares them. A section has about `least_tiles`, the last one half as many
-// more, whatever their bytes: of so many CTAs, all work on a section's heads even if each has one alone.
+// `group_bytes` of such data for each group of heads that shares them. Whatever their bytes, a section has as many heads as have
+// `least_tiles` together, and the last one half as many more.
 inline TileOrder make_tile_order(int64_t tiles_per_head, int64_t heads, int64_t heads_per_group, int64_t group_bytes,
                                  int splits, bool last_first, SectionBytes bytes, int64_t least_tiles = 0) {
   TileOrder order{};
