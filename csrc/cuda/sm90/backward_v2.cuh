@@ -49,7 +49,7 @@ struct Backward {
   static constexpr bool kSplitRows = kM == 128;  // of dQ, between the warpgroups; else its columns
   // Against waiting, where it gains: shared memory is read beside the products, which leave it little bandwidth; exponentials
   // precede the wait for dP (ptxas moves them behind it, but not over another wait's loop); dQ's address is carried along.
-  static constexpr bool kAnyOrder = kSum == DqSum::kAnyOrder, kExponentialsFirst = kAnyOrder;
+  static constexpr bool kAnyOrder = kSum == DqSum::kAnyOrder, kExponentialsFirst = kAnyOrder || (kInTurn && kD > 96);
   static constexpr bool kReadsEarly = kAnyOrder || kM == 64, kCarriesAddress = kAnyOrder || (kInTurn && kM == 64);
 
   using Scores = float[kM / 8][4];

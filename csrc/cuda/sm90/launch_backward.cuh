@@ -34,7 +34,8 @@ inline int64_t key_tiles(const Sizes& z) { return z.batch * z.heads_kv * cuda::c
 
 // How many CTAs, as a power of two, share the query tiles of a key tile, beside those that share its heads: as many as fill the GPU
 // where key tiles alone do not, if the longest key tile has kLeastQueries for each; twice as many where tiles are unequal, if it has
-// twice that, and twice as many again where heads are shared.
+// twice that, and twice as many again where heads are shared, but not up to D 64, nor more than four of a key tile: what they leave to
+// be added would cost more than the shorter tiles gain.
 constexpr int kLeastQueries = 1024, kMostLog2Splits = 3;
 inline int log2_query_splits(const cuda::Call& call, int tile_m, int head_splits) {
   const Sizes& z = call.p.fwd.sizes;
@@ -46,7 +47,8 @@ inline int log2_query_splits(const cuda::Call& call, int tile_m, int head_splits
   int log2 = 0;
   for (int next = 1; next <= kMostLog2Splits; log2 = next++) {
     const int64_t shared = tiles << next;
-    if (shared > (head_splits > 1 ? 4 : unequal ? 2 : 1) * ctas || rows / tile_m >> next == 0) break;
+    const bool many = head_splits > 1 && head_splits << next <= 4 && z.head_dim > 64;
+    if (shared > (many ? 4 : unequal ? 2 : 1) * ctas || rows / tile_m >> next == 0) break;
     if (longest >> next < (shared > ctas ? 2 : 1) * kLeastQueries) break;
   }
   return log2;
@@ -159,9 +161,9 @@ inline TileOrder key_tile_order(const cuda::Call& call, int tile_n, DqSum sum, i
   // Of the query heads that share K and V, which a CTA walks one after the other, half: CTAs are not in step.
   const int64_t bytes = int64_t{4} * z.seqlen_q * z.head_dim * (z.heads_per_kv() + 1);
   const bool turns = in_turn && turns_round(call);
-  // Grouped heads make long tiles, and few of them: the last section must suffice for the GPU to end with short ones. Not up to D 64,
-  // where it costs more than it gives (measured: docs/kernels/sm90-backward.md).
-  const bool fills = z.heads_per_kv() > 1 && z.head_dim > 64 && is_causal(p) && !in_turn;
+  // Grouped heads make long tiles, and few of them: the last section must suffice for the GPU to end with short ones. Up to D 64 it
+  // costs more than it gives, but where CTAs share a group (measured: docs/kernels/sm90-backward.md).
+  const bool fills = z.heads_per_kv() > (z.head_dim > 64 ? 1 : kMostHeads) && is_causal(p) && !in_turn;
   TileOrder order = make_tile_order(cuda::ceil_div(z.seqlen_k, tile_n), z.batch * z.heads_kv, 1, bytes, splits, in_turn,
                                     in_turn ? sections_in_turn(p, bytes, turns) : section_bytes(p, z.seqlen_q),
                                     fills ? call.device.sm_count / splits : 0);
